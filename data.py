@@ -1,25 +1,16 @@
 """Data sets as small uint8 tensors: decoded once, cached beside the data, indexed in memory.
 
-    train = load_segmentation("isic2018", "data", "train", size=(96, 128))  # a SegmentationSet
-    x = train.images[torch.randint(len(train), (24,))].float() / 255        # (24, 3, 96, 128)
-
-Sets: `isic2018` (official folders, downloaded where missing), `folder` (your own images and masks)
-and `synthetic` (dermoscopy drawn by this file, four raters per image; needs no data at all).
-Whatever is wrong with the data is said in one line: `DataError`.
+train = load_segmentation("isic2018", "data", "train", size=(96, 128))  # a SegmentationSet
+x = train.images[torch.randint(len(train), (24,))].float() / 255        # (24, 3, 96, 128)
 """
 
 import argparse
-import hashlib
-import http.client
 import math
 import os
-import random
 import shutil
 import sys
-import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 ISIC_URL = os.environ.get("ISIC_URL", "https://isic-challenge-data.s3.amazonaws.com/2018")
 ISIC_SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-MAX_PIXELS = 400_000_000  # 20,000 x 20,000: 1.2 GB once decoded; a larger file gets a DataError
-SPLIT_SEED = 2018  # of the splits drawn for a folder without them; not the run's seed
-SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
-SYNTHETIC_SEEDS = {"train": 11, "val": 12, "test": 13}
-SPLITS = ("train", "val", "test")
+MAX_PIXELS = 400_000_000  # 20,000 x 20,000, 1.2 GB once decoded: a larger file gets a DataError
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit warns from 89 million on
+EXIF_TURN = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
+SPLIT_SEED = 2018  # of the splits drawn for a folder that has none; not the run's seed
+SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 
 
 class DataError(ValueError):
@@ -47,459 +37,342 @@ class DataError(ValueError):
 
 def parse_size(text):
     """argparse type: "64" -> (64, 64), "64x48" (width x height) -> (48, 64) = (height, width)."""
+    sides = [int(n) if n.isdecimal() else 0 for n in text.lower().split("x")]
+    if len(sides) > 2 or any(n < 16 or n % 8 for n in sides):
+        why = "give N or WIDTHxHEIGHT, multiples of 8 and at least 16, as in 64x48"
+        raise argparse.ArgumentTypeError(f"size {text!r}: {why}")
+    return sides[-1], sides[0]
+
+
+def _open(path, size=None, twin=None, paper="white"):
+    """Open an image upright, transparency laid on paper; twin: the image that path is a mask of."""
     try:
-        width, height = map(
-            int, (text.lower().split("x") * 2)[:2] if "x" not in text else text.lower().split("x")
-        )
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"size {text!r} is neither N nor WIDTHxHEIGHT") from None
-    if any(n < 16 or n % 8 for n in (height, width)):
-        raise argparse.ArgumentTypeError(f"size {text!r}: both sides must be multiples of 8, >= 16")
-    return height, width
-
-
-# ---------------------------------------------------------------- reading files
-
-
-def _open(path, mask=False, size=None):
-    """Open, orient by EXIF and flatten an image to "RGB", or to grey levels (numpy) for a mask."""
-    with Image.open(path) as img:
-        if img.width * img.height > MAX_PIXELS:
-            raise ValueError(f"{img.width} x {img.height} px, the limit is {MAX_PIXELS:,} px")
-        if size is not None:  # JPEG only: decode at 1/2, 1/4 or 1/8, never below the size asked for
-            img.draft(None, (max(size), max(size)))
-        img = ImageOps.exif_transpose(img)
-        if img.mode[0] in "IF":  # 16 and 32 bits per pixel
-            grey = np.nan_to_num(np.asarray(img, dtype=np.float32)).clip(0)
-            if mask:
-                return grey
-            tops = (1, 255, 65535, 2**32) if img.mode == "F" else (65535, 2**32)
-            top = next(t for t in tops if grey.max(initial=0) <= t)
-            img = Image.fromarray((grey * (255 / top) + 0.5).astype(np.uint8))
-        if "A" in img.mode or "a" in img.mode or "transparency" in img.info:
-            img = img.convert("RGBA")
-            img = Image.alpha_composite(
-                Image.new("RGBA", img.size, "black" if mask else "white"), img
-            )
-        return np.asarray(img.convert("L")) if mask else img.convert("RGB")
+        with Image.open(path) as img, Image.open(twin or path) as other:
+            if img.width * img.height > MAX_PIXELS:
+                raise ValueError(f"{img.width} x {img.height} px; the limit is {MAX_PIXELS:,} px")
+            turn, twin_turn = (x.getexif().get(0x0112, 1) for x in (img, other))
+            turn = twin_turn if turn == 1 and img.size == other.size else turn
+            a, b = img.size[:: -1 if turn > 4 else 1], other.size[:: -1 if twin_turn > 4 else 1]
+            if a != b:
+                raise ValueError(
+                    f"its size {a} differs from that of its image {other.filename}, {b}"
+                )
+            if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
+                img.draft(None, (max(size), max(size)))
+            if img.mode[0] in "IF":  # 16 or 32 bits: to 8 by the range; a mask's is its brightest
+                grey = np.nan_to_num(np.asarray(img, np.float32)).clip(0)
+                top = 65535 if img.mode[0] == "I" and paper == "white" else 1e-9
+                img = Image.fromarray((grey * (255 / max(grey.max(), top)) + 0.5).astype(np.uint8))
+            elif img.has_transparency_data:
+                img = img.convert("RGBA")
+                img = Image.alpha_composite(Image.new("RGBA", img.size, paper), img)
+            img.load()
+            return img.transpose(EXIF_TURN[turn]) if turn in EXIF_TURN else img
+    except Exception as error:  # Pillow's readers raise all kinds
+        raise DataError(f"{path}: cannot be used ({error}); replace or remove it") from error
 
 
 def read_image(path, size=None):
     """Read any image file as uint8 (3, H, W); size = (H, W) resizes it, antialiased.
 
-    EXIF rotation is applied; grey, palette, CMYK and 16-bit images are converted, transparency is
-    laid on white. Raises DataError for a file that is unreadable, truncated or above MAX_PIXELS.
+    Converts grey, palette, CMYK, 16-bit and transparent (on white) images, applies EXIF rotation.
+    Raises DataError if the file is unreadable, truncated or above MAX_PIXELS.
     """
-    try:
-        img = _open(path, size=size)
-    except Exception as error:  # Pillow's readers raise all kinds
-        raise DataError(f"{path}: unreadable image ({error}); replace or remove it") from error
-    if size is not None:
-        img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    img = _open(path, size).convert("RGB")
+    img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC) if size else img
     return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def read_mask(path, size=None, exif_from=None):
     """Read a mask file as uint8 (1, H, W) in {0, 1}; size = (H, W) resizes by area, then at half.
 
-    Levels count relative to the brightest (0/1, 0/255, anti-aliased). It is many-valued, DataError,
-    if the brightest is 2..31 (class labels), or if over 10 % of the pixels lie within 10..90 %, or
-    over 1 % do in flat 2 x 2 patches (a third class). exif_from = the image: a mask without EXIF
-    of its own, stored in the image's stored size, is rotated as the image; the sizes must agree.
+    Levels count relative to the brightest: 0/1, 0/255 and anti-aliased masks are fine. DataError if
+    the brightest is 2..31 (class labels), over 10 % of the pixels lie within 10..90 % of it, or over
+    1 % do so in flat 2 x 2 patches (a third class). exif_from: the image; a mask that has no EXIF
+    rotation and the image's stored size is rotated as the image is; upright sizes must agree.
     """
-    try:
-        grey = _open(path, mask=True)
-        if exif_from is not None:
-            with Image.open(exif_from) as img, Image.open(path) as raw:
-                turn = img.getexif().get(0x0112, 1)
-                own, same = raw.getexif().get(0x0112, 1), raw.size == img.size
-                upright = img.size[:: -1 if turn >= 5 else 1]
-    except Exception as error:
-        raise DataError(f"{path}: unreadable mask ({error}); replace or remove it") from error
-    if exif_from is not None:
-        if turn > 1 and own == 1 and same:
-            tag = Image.Exif()
-            tag[0x0112] = turn
-            img = Image.fromarray(grey)
-            img.info["exif"] = tag.tobytes()
-            grey = np.asarray(ImageOps.exif_transpose(img))
-        if grey.shape[::-1] != upright:
-            raise DataError(
-                f"{path}: {grey.shape[1]} x {grey.shape[0]} px, but its image {exif_from} is {upright[0]} x {upright[1]}; export it in the image's size"
-            )
+    grey = np.asarray(_open(path, twin=exif_from, paper="black").convert("L"))
     top = float(grey.max())
     mid = (grey > 0.1 * top) & (grey < 0.9 * top)
     flat = mid[1:, 1:] & (grey[1:, 1:] == grey[:-1, 1:]) & (grey[1:, 1:] == grey[1:, :-1])
-    if 2 <= top < 32 or mid.mean() > 0.1 or flat.mean() > 0.01:
-        raise DataError(
-            f"{path}: a mask with more than two values; save it as 0 (background) and 255 (lesion)"
-        )
+    if 2 <= top < 32 or mid.mean() > 0.1 or flat.sum() > 0.01 * grey.size:
+        raise DataError(f"{path}: a mask with more than two values; save it with 0 and 255 only")
     img = Image.fromarray((grey > top / 2).astype(np.uint8) * 255)
-    if size is not None:
-        img = img.resize((size[1], size[0]), Image.Resampling.BOX)
+    img = img.resize((size[1], size[0]), Image.Resampling.BOX) if size else img
     return torch.from_numpy((np.asarray(img) >= 128).astype(np.uint8))[None]  # (1, H, W)
 
 
-# ---------------------------------------------------------------- the store
-
-
 def _store(key, sources, decode, root):
-    """Decode sources in threads, or load the cache: a list of tensors, one row per source.
+    """Decode sources (tuples of arguments) in threads, or load their cache; a list of tensors.
 
-    key: file name of the cache; sources: tuples whose Paths are read (other items, as labels, count
-    in the cache's key too); decode(*source) -> tuple of tensors. The cache, `<root>/.cache/<key>.pt`,
-    is valid for the listing (path, bytes, mtime) it was built from.
+    decode returns a tuple of tensors, stacked to (len(sources), ...). The cache, one file
+    `<root>/.cache/<key>.pt`, counts while the (path, bytes, mtime) of all sources are as they were.
     """
-    listing = hashlib.sha256(b"v1")
+    cache, listing, columns = Path(root, ".cache", f"{key}.pt"), [], []
     for item in (item for source in sources for item in source):
-        stat = item.stat() if isinstance(item, Path) else None
-        listing.update(repr((str(item), stat and (stat.st_size, stat.st_mtime_ns))).encode())
-    cache = Path(root) / ".cache" / f"{key}.pt"
+        stat = item.stat() if isinstance(item, Path) else None  # else it is a label
+        listing.append([str(item), stat and stat.st_size, stat and stat.st_mtime_ns])
     try:
         saved = torch.load(cache, mmap=True, weights_only=True)
-        if saved["listing"] == listing.hexdigest():
+        if saved["listing"] == listing:
             return saved["columns"]
-    except Exception:  # none yet, or broken: torch raises all kinds; it is built anew
+    except Exception:  # none there, or broken (torch raises all kinds): build it
         pass
-    columns = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         rows = pool.map(lambda source: decode(*source), sources)
-        for i, row in enumerate(tqdm(rows, f"{key}: decoding", len(sources), unit="image")):
+        for i, row in enumerate(tqdm(rows, f"decoding {key}", len(sources), unit="image")):
             columns = columns or [x.new_empty(len(sources), *x.shape) for x in row]
             for column, x in zip(columns, row, strict=True):
                 column[i] = x
-    temp = cache.with_name(f"{cache.name}.{os.getpid()}")
+    temp = cache.with_name(f"{key}.{os.getpid()}")
     try:
         cache.parent.mkdir(exist_ok=True)
-        torch.save({"listing": listing.hexdigest(), "columns": columns}, temp)
+        torch.save({"listing": listing, "columns": columns}, temp)
         os.replace(temp, cache)
-    except (OSError, RuntimeError) as error:  # read-only place, disk full
-        print(f"warning: no cache at {cache} ({error}): decoding again next time", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # a read-only place, a full disk
+        print(
+            f"warning: no cache at {cache} ({error}); the next run decodes again", file=sys.stderr
+        )
         if temp.is_file():
             temp.unlink()
     return columns
 
 
-# ---------------------------------------------------------------- segmentation sets
-
-
 @dataclass
 class SegmentationSet:
-    """images uint8 (N, 3, H, W); masks uint8 (N, R, H, W) in {0, 1}, R raters (0: images only)."""
-
     name: str
     split: str
     ids: list[str]
-    images: torch.Tensor
-    masks: torch.Tensor
+    images: torch.Tensor  # uint8 (N, 3, H, W)
+    masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if the masks were not read
 
     def __len__(self):
         return len(self.ids)
 
 
-def load_segmentation(name, root, split, size, limit=None, images_only=False):
-    """Load one split of isic2018 | folder | synthetic, size = (H, W), as a SegmentationSet.
+def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
+    """Load a split of isic2018 | folder | synthetic at size = (H, W) as a SegmentationSet.
 
-    limit: only the first n images. images_only: no mask file is opened or even looked for.
-    Raises DataError for whatever is wrong with the data, and if there are fewer images than limit.
+    limit: the first n images only. images_only: no mask is opened or looked for, R = 0. Raises
+    DataError for whatever is wrong with the data, also if there are fewer than limit images.
     """
-    if name not in ("isic2018", "folder", "synthetic") or split not in SPLITS:
-        raise DataError(f"no segmentation set {name!r} with a split {split!r}")
     root = Path(root)
     if name == "synthetic":
-        pairs = [(f"synthetic_{split}_{i:04d}",) for i in range(SYNTHETIC_COUNTS[split])]
-    elif name == "isic2018":
-        pairs = _isic_pairs(root, split, images_only)
-    else:
-        pairs = _folder_pairs(root, split, images_only)
-    if limit is not None and not 1 <= limit <= len(pairs):
-        raise DataError(f"{name} {split} ({root}) has {len(pairs)} images, {limit} were asked for")
-    pairs = pairs[:limit]
+        sources = [(f"{name}_{split}_{i:04d}",) for i in range(SYNTHETIC_COUNTS[split])]
+    elif root.is_dir() or (name, root) == ("isic2018", Path("data")):
+        sources = _pairs(name, root, split, images_only)
+    else:  # also for isic2018: a typo must not start a download of 13 GB
+        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
+    n = len(sources) if limit is None else limit
+    if not 1 <= n <= len(sources):
+        raise DataError(
+            f"{root}: {name} {split} has {len(sources)} images, fewer than asked for ({n})"
+        )
+
+    def decode(image, *mask):
+        return read_image(image, size), *(read_mask(m, size, exif_from=image) for m in mask)
+
     if name == "synthetic":
-        images, masks = synthetic_dermoscopy(len(pairs), size, SYNTHETIC_SEEDS[split])
-        masks = masks[:, :0] if images_only else masks
-        return SegmentationSet(name, split, [p[0] for p in pairs], images, masks)
-
-    def decode(image, mask=None):
-        x = read_image(image, size)
-        return (x,) if mask is None else (x, read_mask(mask, size, exif_from=image))
-
-    part = f"{len(pairs)}{'-images' if images_only else ''}"
-    key = f"{name}-{split}-{size[1]}x{size[0]}-{part}"
-    images, *masks = _store(key, pairs, decode, root)
-    masks = masks[0] if masks else images.new_empty(len(images), 0, *size)
-    return SegmentationSet(name, split, [p[0].stem for p in pairs], images, masks)
+        images, *masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
+    else:
+        key = f"{name}-{split}-{size[1]}x{size[0]}-{n}{'-images' * images_only}"
+        images, *masks = _store(key, sources[:n], decode, root)
+    masks = images.new_empty(n, 0, *size) if images_only else masks[0]
+    return SegmentationSet(name, split, [Path(s[0]).stem for s in sources[:n]], images, masks)
 
 
-def _pairs(images, masks, images_only=False):
-    """Sorted [(image, mask)] paths of two folders, matched by stem; [(image,)] if images_only."""
+def _pairs(name, root, split, images_only):
+    """[(image, mask)] paths sorted by stem, [(image,)] if images_only; fetches missing ISIC folders.
 
-    def listing(folder):
+    folder: `<root>/<split>/{images,masks}`; without val, a tenth of train; without splits, 80/10/10.
+    """
+    drawn = []  # the splits to draw
+    if name == "isic2018":
+        kind = ISIC_SPLITS[split]
+        folders = [f"ISIC2018_Task1-2_{kind}_Input", f"ISIC2018_Task1_{kind}_GroundTruth"]
+        folders = [root / f if (root / f).is_dir() else root / "isic2018" / f for f in folders]
+    else:
+        there = [s for s in ISIC_SPLITS if (root / s).is_dir()]
+        if not there or ("val" not in there and split != "test"):
+            drawn = ["val"] if there else ["val", "test"]
+        base = root / ("train" if drawn else split) if there else root
+        folders = [base / "images", base / "masks"]
+    found = []
+    for folder in folders[: 1 if images_only else 2]:
+        if name == "isic2018" and not folder.is_dir():
+            _fetch(f"{ISIC_URL}/{folder.name}.zip", folder)
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
         if not files:
-            what = "has no image in it" if folder.is_dir() else "does not exist"
-            raise DataError(
-                f"{folder}: this folder {what}; put the images there or check --data-root"
-            )
-        return {p.stem.removesuffix("_segmentation"): p for p in files}
-
-    x = listing(images)
-    if images_only:
-        return [(x[stem],) for stem in sorted(x)]
-    y = listing(masks)
-    for have, lack, what, folder in ((x, y, "mask", masks), (y, x, "image", images)):
-        odd = sorted(set(have) - set(lack))
-        if odd:
-            more = f" (nor have {len(odd) - 1} more)" if odd[1:] else ""
-            raise DataError(
-                f"{have[odd[0]]}: has no {what} in {folder}{more}; add it or remove the file"
-            )
-    return [(x[stem], y[stem]) for stem in sorted(x)]
+            raise DataError(f"{folder}: no image file here; fill it or correct --data-root")
+        found.append({p.stem.removesuffix("_segmentation"): p for p in files})
+    for have, lack, what in ((found[0], found[-1], "mask"), (found[-1], found[0], "image")):
+        for stem in sorted(set(have) - set(lack)):
+            raise DataError(f"{have[stem]}: has no {what}; add it or remove this file")
+    pairs = [tuple(x[stem] for x in found) for stem in sorted(found[0])]
+    if drawn:
+        order = np.random.RandomState(SPLIT_SEED).permutation(len(pairs)).tolist()
+        k = max(1, round(len(pairs) / 10))
+        parts = {"val": order[:k], "test": order[k : 2 * k], "train": order[len(drawn) * k :]}
+        pairs = [pairs[i] for i in sorted(parts[split])]
+    return pairs
 
 
-def _folder_pairs(root, split, images_only):
-    """`<root>/<split>/{images,masks}`, or a seeded split: train 90/10 if no val, else 80/10/10."""
-    if not root.is_dir():
-        raise DataError(f"{root}: this folder does not exist; check --data-root")
-    if split == "test" or (root / "val").is_dir():
-        if (root / "train").is_dir() or (root / split).is_dir():
-            return _pairs(root / split / "images", root / split / "masks", images_only)
-    where, test_share = (root / "train", 0) if (root / "train").is_dir() else (root, 0.1)
-    pairs = _pairs(where / "images", where / "masks", images_only)
-    order = random.Random(SPLIT_SEED).sample(range(len(pairs)), len(pairs))
-    n_test, n_val = (
-        max(1, round(share * len(pairs))) if share else 0 for share in (test_share, 0.1)
-    )
-    part = {"test": order[:n_test], "val": order[n_test:][:n_val], "train": order[n_test + n_val :]}
-    if not part[split]:
-        raise DataError(f"{where}: {len(pairs)} images are too few to split; add some")
-    return [pairs[i] for i in sorted(part[split])]
-
-
-def _isic_pairs(root, split, images_only):
-    """The pairs of ISIC 2018 Task 1; a folder found in neither <root>/isic2018 nor <root> is fetched."""
-    if not root.is_dir() and root != Path("data"):
-        raise DataError(
-            f"{root}: this folder does not exist; create it to download ISIC 2018 there"
-        )
-    names = [f"ISIC2018_Task1-2_{ISIC_SPLITS[split]}_Input"]
-    names += [] if images_only else [f"ISIC2018_Task1_{ISIC_SPLITS[split]}_GroundTruth"]
-    folders = []
-    for name in names:
-        places = [root / "isic2018" / name, root / name]
-        folders.append(next((p for p in places if p.is_dir()), places[0]))
-        if not folders[-1].is_dir():
-            _fetch_zip(f"{ISIC_URL}/{name}.zip", folders[-1])
-    return _pairs(folders[0], folders[-1], images_only)
-
-
-def _fetch_zip(url, folder):
-    """Download a zip and unpack its images into folder, which appears only once it is complete."""
-    archive, temp = folder.with_name(f"{folder.name}.zip"), folder.with_name(f".{folder.name}.tmp")
+def _fetch(url, folder):
+    """Download a zip, resuming what is there, and unpack its images: folder is whole or absent."""
+    part, temp = folder.with_name(f"{folder.name}.zip.part"), folder.with_name(f".{folder.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        print(f"downloading {url} (all of ISIC 2018 Task 1: about 13 GB)", file=sys.stderr)
-        _download(url, archive)
-    try:
-        with zipfile.ZipFile(archive) as z:
-            if z.testzip():
-                raise zipfile.BadZipFile(f"bad entry {z.testzip()}")
-            shutil.rmtree(temp, ignore_errors=True)
-            temp.mkdir()
-            for entry in z.infolist():
-                name = Path(entry.filename.replace("\\", "/")).name  # flat: nothing can escape
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
-                    with z.open(entry) as source, open(temp / name, "wb") as target:
-                        shutil.copyfileobj(source, target)
-        os.replace(temp, folder)
-        archive.unlink()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        archive.unlink()
-        raise DataError(
-            f"{archive}: corrupt zip ({error}), now deleted; run again to download it"
-        ) from error
-    except OSError as error:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise DataError(
-            f"{archive}: cannot be unpacked ({error}); make room and run again"
-        ) from error
-
-
-def _download(url, path):
-    """Stream url to `<path>.part`, resuming what is there; rename it to path once it is whole."""
-    part = path.with_name(f"{path.name}.part")
     start = part.stat().st_size if part.exists() else 0
-    advice = f"check the network or fetch it by hand to {path}; {part.name} is kept, the next run resumes"
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    print(f"downloading {url} (the whole of ISIC 2018 Task 1 is about 13 GB)", file=sys.stderr)
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         with urllib.request.urlopen(request, timeout=60) as response:
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                start = 0  # this server does not resume: from the beginning
+            start = start if response.status == 206 else 0  # no Range here: from the beginning
             total = start + int(response.headers.get("Content-Length", 0))
-            bar = tqdm(None, path.name, total, initial=start, unit="B", unit_scale=True)
+            bar = tqdm(desc=folder.name, total=total, initial=start, unit="B", unit_scale=True)
             with open(part, "ab" if start else "wb") as file, bar:
                 while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        if total and part.stat().st_size != total:
+                    bar.update(file.write(chunk))
+        if part.stat().st_size < total:
             raise OSError(f"broken off at {part.stat().st_size:,} of {total:,} bytes")
-    except (
-        OSError,
-        http.client.HTTPException,
-    ) as error:  # OSError: also HTTP status, timeout, disk
-        if (
-            getattr(error, "code", 0) == 416 and part.exists()
-        ):  # .part is as long as the file, or longer
-            whole = error.headers.get("Content-Range", "").endswith(f"/{start}")
-            if not whole:
-                part.unlink()
-                return _download(url, path)
-        else:
-            raise DataError(f"{url}: download failed ({error}); {advice}") from error
-    os.replace(part, path)
+    except Exception as error:
+        if getattr(error, "code", 0) != 416:  # 416: the part is whole already
+            todo = f"check the network and run again: it resumes from what is in {part}"
+            raise DataError(f"{url}: download failed ({error}); {todo}") from error
+    try:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        with zipfile.ZipFile(part) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile(f"{archive.testzip()} is damaged")
+            for entry in archive.namelist():
+                name = Path(entry.replace("\\", "/")).name  # no folders: nothing can escape
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
+                    (temp / name).write_bytes(archive.read(entry))
+        os.replace(temp, folder)
+        part.unlink()
+    except OSError as error:  # the zip is good and stays
+        raise DataError(f"{part}: cannot be unpacked ({error}); make room, run again") from error
+    except Exception as error:
+        part.unlink()
+        raise DataError(
+            f"{part}: corrupt ({error}), now deleted; run again to reload it"
+        ) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- synthetic dermoscopy
+def synthetic_dermoscopy(n, size, seed, chunk=50):
+    """Draw images uint8 (n, 3, H, W) and four raters' masks uint8 (n, 4, H, W) in {0, 1}.
 
-
-def synthetic_dermoscopy(n, size, seed):
-    """Draw n images uint8 (n, 3, H, W) and four raters' masks uint8 (n, 4, H, W) in {0, 1}.
-
-    Raters: tight, loose, polygonal, smooth. The first k of n images do not depend on n.
+    Raters: tight, loose, polygonal, smooth. Skin and lesion are layers of melanin and blood that
+    absorb light; over them hairs, ink, stickers, rulers; last the lamp, the lens and the sensor.
     """
-    chunk = 50
-    parts = [_draw_lesions(chunk, size, 1000 * seed + i) for i in range(math.ceil(n / chunk))]
-    images, masks = (torch.cat(x)[:n] for x in zip(*parts, strict=True))
-    return images, masks
+    if n > chunk:  # to bound memory; each chunk has its seed
+        parts = [
+            synthetic_dermoscopy(min(chunk, n - i), size, seed + 9973 * i)
+            for i in range(0, n, chunk)
+        ]
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    (h, w), g, b = size, torch.Generator().manual_seed(seed), chunk  # drawn whole: n never matters
 
-
-def _draw_lesions(b, size, seed):
-    h, w = size
-    g = torch.Generator().manual_seed(seed)
-
-    def u(lo, hi, *shape):  # uniform, per image
+    def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
         return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
 
-    def some(share):  # 1 in that share of the images, else 0
-        return (u(0, 1) < share).float()
+    def field(cells):  # smooth noise (B, 1, H, W), standard deviation about 1
+        z = 1.3 * torch.randn(b, 1, cells, cells * 4 // 3, generator=g)
+        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
 
-    def field(cells, channels=1):  # smooth noise, std about 1
-        z = torch.randn(b, channels, cells, cells + 1, generator=g)
-        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True) * 1.3
+    def rgb(r, g, b):
+        return torch.tensor([r, g, b]).view(3, 1, 1)
 
-    short = min(h, w)
-    y = (torch.arange(h) + 0.5 - h / 2)[:, None].mul(2 / short).expand(h, w)
-    x = (torch.arange(w) + 0.5 - w / 2)[None].mul(2 / short).expand(h, w)  # short side: -1..1
-    px = 2 / short
-
-    # outline: log radius as a Fourier series of the angle, warped by noise; level > 0 inside
+    px = 2 / min(h, w)  # the short side spans -1..1
+    y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
+    # Outline: log radius as a Fourier series of the angle, frayed by noise; level > 0 is inside.
     z = torch.randn(b, 1, 1, 1, generator=g)
-    area = (0.13 * torch.exp(torch.where(z < 0, 1.15 * z, 0.78 * z))).clamp(0.01, 0.8)
-    r0 = torch.sqrt(area * (h * w * px * px) / math.pi)
-    cy, cx = u(-0.3, 0.3) * (1.2 - r0).clamp(0, 1), u(-0.4, 0.4) * (1.2 - r0).clamp(0, 1)
-    dy, dx = y - cy, x - cx
-    rho, theta = torch.sqrt(dx**2 + dy**2).clamp(min=1e-4), torch.atan2(dy, dx)
-    k = torch.arange(1, 9).float()
-    amp = torch.randn(b, 8, generator=g) * u(0.05, 0.2, 1) / k**0.9
-    phase = u(0, 2 * math.pi, 8)
+    area = 0.13 * torch.exp(torch.where(z < 0, 1.12 * z, 0.8 * z)).clamp(0.1, 6.5)  # of the image
+    r0 = torch.sqrt(area * h * w / math.pi) * px
+    room = (1.2 - r0).clamp(0, 1)
+    dy, dx = y - u(-0.4, 0.4) * room, x - u(-0.5, 0.5) * room
+    base, theta = torch.log(r0 / torch.hypot(dy, dx).clamp(min=px / 9)), torch.atan2(dy, dx)
+    order = torch.arange(1, 9)
+    amp = torch.randn(b, 8, 1, 1, generator=g) * u(0.06, 0.22) / order.view(8, 1, 1) ** 1.1
+    phase = u(0, 2 * math.pi, 8, 1, 1)
 
-    def log_radius(angle, order):  # angle (B, 1, ...) -> the same shape
-        wave = torch.cos(angle[..., None] * k[:order] + phase[:, None, None, None, :order])
-        return (wave * amp[:, None, None, None, :order]).sum(-1)
+    def wave(angle, k=8):  # (B, 1, H, W) -> the same
+        return (amp * torch.cos(angle * order.view(8, 1, 1) + phase))[:, :k].sum(1, keepdim=True)
 
-    base = torch.log(r0 / rho)
-    warp = 0.06 * field(9) + 0.03 * field(18)
-    level = base + log_radius(theta, 8) + warp
-    soft = u(0.03, 0.22)
-    alpha = torch.sigmoid(level / (soft * (1 + 0.4 * field(4)).clamp(0.3, 2)) * 1.5)
-
-    # raters
-    corners = 9
-    turn = u(0, 2 * math.pi)
-    step = 2 * math.pi / corners
-    at = turn + step * torch.arange(corners).float()[None, None, None]  # (B,1,1,K)
-    rad = torch.exp(log_radius(at, 8) + u(-0.02, 0.07, 1, 1, corners)).flatten(1)
+    level = base + wave(theta) + u(0.3, 1) * (0.1 * field(7) + 0.07 * field(15) + 0.05 * field(36))
+    # Raters. The polygon joins 9 points of the outline: its chords in polar coordinates.
+    step, turn = 2 * math.pi / 9, u(0, 2 * math.pi)
+    r = torch.exp(wave(turn + step * torch.arange(9)) + u(-0.03, 0.08, 1, 1, 9)).flatten(
+        1
+    )  # (B, 9)
     pos = torch.remainder(theta - turn, 2 * math.pi) / step
-    i = pos.long().clamp(0, corners - 1)
-    r1 = rad.gather(1, i.flatten(1)).view_as(theta)
-    r2 = rad.gather(1, ((i + 1) % corners).flatten(1)).view_as(theta)
+    i = pos.long().clamp(max=8)
+    r1, r2 = (r.gather(1, (j % 9).flatten(1)).view_as(theta) for j in (i, i + 1))
     f = (pos - i) * step
     chord = r1 * r2 * math.sin(step) / (r1 * torch.sin(f) + r2 * torch.sin(step - f))
-    levels = [
-        level - u(0.02, 0.09),
-        level + 0.05 * field(7) + u(0.03, 0.12),
-        base + torch.log(chord),
-        base + log_radius(theta, 3) + u(-0.03, 0.05),
-    ]
-    masks = (torch.cat(levels, 1) > 0).to(torch.uint8)
-
-    # colours by absorption (red, green, blue) of melanin and blood
-    melanin = torch.tensor([0.35, 0.62, 0.9]).view(3, 1, 1)
-    blood = torch.tensor([0.06, 0.5, 0.4]).view(3, 1, 1)
-    mole = u(0.2, 1.5) * (1 - 1.4 * some(0.02))
+    loose, smooth = level + 0.05 * field(7) + u(0.04, 0.13), base + wave(theta, 3) + u(-0.03, 0.06)
+    raters = torch.cat([level - u(0.02, 0.1), loose, base + torch.log(chord), smooth], 1)
+    masks = ((raters > 0) | (base > torch.log(r0 / px / 0.8))).to(torch.uint8)  # never empty
+    # Skin and lesion, by absorption; 2 % of the lesions are paler than the skin.
+    soft = u(0.03, 0.2) * (1 + 0.4 * field(4)).clamp(0.3, 2)
+    lesion = torch.sigmoid(1.5 * level / soft)
     texture = (1 + 0.35 * field(4) + 0.25 * field(12) + 0.15 * field(40)).clamp(0.1, 2.5)
-    red = u(0, 0.3) + 0.6 * some(0.12)
-    dens = (u(0.1, 0.6) + 0.04 * field(30)) * melanin + (u(0.1, 0.5) + 0.08 * field(4)) * blood
-    dens = dens + alpha * mole * texture * melanin + alpha * (red + 0.15 * field(5)) * blood
-    img = u(0.9, 1.0) * torch.exp(-dens)
-
-    def paint(cover, colour):
-        nonlocal img
-        img = img + cover * (colour - img)
-
-    # hairs
-    n_hair = 14
-    ang, off, bend = (
-        u(0, math.pi, n_hair, 1, 1),
-        u(-1.4, 1.4, n_hair, 1, 1),
-        u(-0.5, 0.5, n_hair, 1, 1),
+    mole = u(0.25, 1.5) * torch.where(u(0, 1) < 0.02, -0.3, 1) * texture
+    brown = u(0.05, 0.5) + 0.03 * field(30) + 0.02 * field(6) + lesion * mole
+    pink = u(0.08, 0.45) + 0.05 * field(4) + 0.02 * field(30)
+    pink = pink + lesion * (u(0, 0.3) + 0.6 * (u(0, 1) < 0.15) * texture)
+    img = torch.exp(-brown * rgb(0.35, 0.62, 0.9) - pink * rgb(0.06, 0.5, 0.4))
+    # Things on the skin: (share of images, cover (B, 1, H, W) in [0, 1], colour).
+    angle, bend, wide = u(0, 6.3, 14, 1, 1), u(-0.5, 0.5, 14, 1, 1), u(0.006, 0.02, 14, 1, 1)
+    p = torch.cos(angle) * x + torch.sin(angle) * y - u(-0.8, 0.8, 14, 1, 1)
+    q = torch.cos(angle) * y - torch.sin(angle) * x - u(-1.3, 1.3, 14, 1, 1) - bend * p**2
+    hair = torch.exp(-((q / wide.clamp(min=px / 2)) ** 2)) * (wide / px * 2).clamp(max=1)
+    hair = hair * (p.abs() < u(0.1, 1.3, 14, 1, 1)) * (u(0, 1, 14, 1, 1) < u(0, 1))
+    ink = torch.sigmoid(((0.15 - (level + u(0.5, 0.9)).abs()) / 0.04).clamp(-9, 9)) * (
+        field(14) > 0.9
     )
-    across = torch.cos(ang) * x + torch.sin(ang) * y - off
-    along = torch.cos(ang) * y - torch.sin(ang) * x - u(-0.8, 0.8, n_hair, 1, 1)
-    wide = u(0.006, 0.022, n_hair, 1, 1)
-    line = torch.exp(-(((across - bend * along**2) / wide.clamp(min=px * 0.5)) ** 2))
-    line = line * (wide / (px * 0.5)).clamp(max=1) * (along.abs() < u(0.3, 1.4, n_hair, 1, 1))
-    count = some(0.45) * u(1, n_hair)
-    line = line * (torch.arange(n_hair).view(-1, 1, 1) < count)
-    paint(
-        line.amax(1, keepdim=True) * u(0.4, 0.9),
-        u(0.05, 0.4) * torch.tensor([1.0, 0.8, 0.65]).view(3, 1, 1),
-    )
-
-    # light
-    slope, way = u(0, 0.2), u(0, 2 * math.pi)
-    light = 1 + slope * (torch.cos(way) * x + torch.sin(way) * y)
-    r_img = torch.sqrt((x - u(-0.2, 0.2)) ** 2 + (y - u(-0.15, 0.15)) ** 2)
-    light = light * (1 - u(0, 0.25) * r_img**2)
-    rim = u(1.05, 1.6)
-    aperture = torch.sigmoid((rim - r_img) / u(0.01, 0.05))
-    light = light * (1 - some(0.3) * (1 - aperture) * 0.95)
-    img = img * light * u(0.93, 1.07, 3, 1, 1)
-    img = img + torch.randn(img.shape, generator=g) * u(0.004, 0.02)
-    return (img.clamp(0, 1) * 255).round().to(torch.uint8), masks
+    side = u(0, 6.3)
+    p, q = torch.cos(side) * x + torch.sin(side) * y, torch.cos(side) * y - torch.sin(side) * x
+    sticker = torch.sigmoid((u(0.3, 0.6) - torch.hypot(p - u(1.2, 1.6), q)) / px * 3)
+    p, q = x + u(-0.2, 0.2) * y + u(-0.5, 0.5), y + u(-0.2, 0.2) * x - u(0.7, 0.9)
+    tick = (torch.remainder(p, 0.1) < 0.03) * (q > -0.06) * (q < 0)
+    ruler = torch.maximum(torch.exp(-((q / px) ** 2)), tick * 0.8) * (p.abs() < u(0.4, 0.7))
+    hue = 0.5 + 0.45 * torch.cos(u(0, 6.3) + rgb(0.0, 2.1, 4.2))
+    for share, cover, colour in (
+        (0.15, ink * u(0.3, 0.9), rgb(0.35, 0.2, 0.55)),
+        (0.08, sticker, hue),
+        (0.25, ruler * u(0.5, 0.9), rgb(0.25, 0.22, 0.22)),
+        (0.5, hair.amax(1, keepdim=True) * u(0.4, 0.9), u(0.05, 0.35) * rgb(1.0, 0.8, 0.65)),
+    ):
+        img = img + (u(0, 1) < share) * cover * (colour - img)
+    # Lamp, vignette, dark corners, white balance, noise.
+    far, way = torch.hypot(x - u(-0.2, 0.2), y - u(-0.15, 0.15)), u(0, 6.3)
+    light = 1 + u(0, 0.15) * (torch.cos(way) * x + torch.sin(way) * y) - u(0, 0.2) * far**2
+    corner = torch.sigmoid((far - u(1.3, 1.7)) / u(0.01, 0.06)) * (u(0, 1) < 0.4)
+    img = img * light * u(0.8, 1.08) * u(0.95, 1.05, 3, 1, 1) * (1 - 0.95 * corner)
+    img = img + torch.randn(img.shape, generator=g) * u(0.002, 0.012)
+    return (img[:n].clamp(0, 1) * 255).round().to(torch.uint8), masks[:n]
 
 
 def augment(images, masks, generator=None):
-    """Per-sample random flips, rotation, scale, shift and mild colour, on the images' device.
+    """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
 
     images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W) in {0, 1}, sampled nearest.
-    Random numbers come from the CPU generator, so that a resumed run repeats them on any device.
+    The random numbers are drawn on the CPU, so that a resumed run repeats them on any device.
     """
     b, _, h, w = images.shape
-    z = (2 * torch.rand(b, 12, generator=generator) - 1).to(images.device)  # (B, 12) in [-1, 1]
-    angle, scale = z[:, 0] * math.pi / 12, torch.exp(0.15 * z[:, 1])
-    flip_x, flip_y = z[:, 2].sign() * scale, z[:, 3].sign() * scale
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    row_x = torch.stack([cos * flip_x, -sin * flip_x * h / w, 0.1 * z[:, 4]], 1)
-    row_y = torch.stack([sin * flip_y * w / h, cos * flip_y, 0.1 * z[:, 5]], 1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], 1), (b, 1, h, w), align_corners=False)
-    options = {"padding_mode": "reflection", "align_corners": False}
-    images = F.grid_sample(images, grid.to(images), mode="bilinear", **options)
-    masks = F.grid_sample(masks, grid.to(masks), mode="nearest", **options)
-    contrast, gain = 1 + 0.15 * z[:, 6, None], 0.1 * z[:, 7, None] + 0.04 * z[:, 8:11]
-    mean = images.mean((1, 2, 3))[:, None]
-    images = (images - mean[:, :, None, None]) * contrast[..., None, None] + (mean + gain)[
-        ..., None, None
-    ]
-    return images.clamp(0, 1), masks
+    z = (2 * torch.rand(b, 11, generator=generator) - 1).to(images.device)  # (B, 11) in [-1, 1]
+    cos, sin = torch.cos(0.26 * z[:, 0]), torch.sin(0.26 * z[:, 0])  # up to 15 degrees
+    affine = [cos, -sin * h / w, 0.1 * z[:, 4], sin * w / h, cos, 0.1 * z[:, 5]]
+    affine = torch.stack(affine, 1).view(b, 2, 3)
+    flip = torch.where(z[:, 2:4] < 0, -1, 1)
+    affine[:, :, :2] *= (flip * torch.exp(0.15 * z[:, 1:2]))[:, :, None]
+    grid = F.affine_grid(affine, (b, 1, h, w), align_corners=False)  # (B, H, W, 2)
+    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
+    masks = F.grid_sample(masks, grid, "nearest", "reflection", align_corners=False)
+    mean, contrast = images.mean((1, 2, 3), keepdim=True), 1 + 0.15 * z[:, 6].view(b, 1, 1, 1)
+    tint = (0.1 * z[:, 7:8] + 0.04 * z[:, 8:11])[:, :, None, None]  # (B, 3, 1, 1)
+    return (mean + (images - mean) * contrast + tint).clamp(0, 1), masks
