@@ -74,7 +74,6 @@ def _open(path, size=None, twin=None, paper="white"):
 
 def read_image(path, size=None):
     """Read any image file as uint8 (3, H, W); size = (H, W) resizes it, antialiased.
-
     Converts grey, palette, CMYK, 16-bit and transparent (on white) images, applies EXIF rotation.
     Raises DataError if the file is unreadable, truncated or above MAX_PIXELS.
     """
@@ -85,26 +84,24 @@ def read_image(path, size=None):
 
 def read_mask(path, size=None, exif_from=None):
     """Read a mask file as uint8 (1, H, W) in {0, 1}; size = (H, W) resizes by area, then at half.
-
     Levels count relative to the brightest: 0/1, 0/255 and anti-aliased masks are fine. DataError if
-    the brightest is 2..31 (class labels), over 10 % of the pixels lie within 10..90 % of it, or over
-    1 % do so in flat 2 x 2 patches (a third class). exif_from: the image; a mask that has no EXIF
-    rotation and the image's stored size is rotated as the image is; upright sizes must agree.
+    the brightest is 2..31 (class labels), over 10 % of the pixels lie within 10..90 % of it, or
+    over 1 % do so in flat 2 x 2 patches (a third class). exif_from: the image; a mask without EXIF
+    rotation, of the image's stored size, is rotated as the image is; upright sizes must agree.
     """
     grey = np.asarray(_open(path, twin=exif_from, paper="black").convert("L"))
     top = float(grey.max())
     mid = (grey > 0.1 * top) & (grey < 0.9 * top)
     flat = mid[1:, 1:] & (grey[1:, 1:] == grey[:-1, 1:]) & (grey[1:, 1:] == grey[1:, :-1])
     if 2 <= top < 32 or mid.mean() > 0.1 or flat.sum() > 0.01 * grey.size:
-        raise DataError(f"{path}: a mask with more than two values; save it with 0 and 255 only")
+        raise DataError(f"{path}: a mask with more than two values; save it as 0 and 255")
     img = Image.fromarray((grey > top / 2).astype(np.uint8) * 255)
     img = img.resize((size[1], size[0]), Image.Resampling.BOX) if size else img
     return torch.from_numpy((np.asarray(img) >= 128).astype(np.uint8))[None]  # (1, H, W)
 
 
-def _store(key, sources, decode, root):
+def _store(key, sources, decode, root, workers=8):
     """Decode sources (tuples of arguments) in threads, or load their cache; a list of tensors.
-
     decode returns a tuple of tensors, stacked to (len(sources), ...). The cache, one file
     `<root>/.cache/<key>.pt`, counts while the (path, bytes, mtime) of all sources are as they were.
     """
@@ -118,7 +115,7 @@ def _store(key, sources, decode, root):
             return saved["columns"]
     except Exception:  # none there, or broken (torch raises all kinds): build it
         pass
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         rows = pool.map(lambda source: decode(*source), sources)
         for i, row in enumerate(tqdm(rows, f"decoding {key}", len(sources), unit="image")):
             columns = columns or [x.new_empty(len(sources), *x.shape) for x in row]
@@ -130,9 +127,7 @@ def _store(key, sources, decode, root):
         torch.save({"listing": listing, "columns": columns}, temp)
         os.replace(temp, cache)
     except (OSError, RuntimeError) as error:  # a read-only place, a full disk
-        print(
-            f"warning: no cache at {cache} ({error}); the next run decodes again", file=sys.stderr
-        )
+        print(f"warning: no cache, {cache}: {error}; it decodes again next time", file=sys.stderr)
         if temp.is_file():
             temp.unlink()
     return columns
@@ -152,9 +147,8 @@ class SegmentationSet:
 
 def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
     """Load a split of isic2018 | folder | synthetic at size = (H, W) as a SegmentationSet.
-
-    limit: the first n images only. images_only: no mask is opened or looked for, R = 0. Raises
-    DataError for whatever is wrong with the data, also if there are fewer than limit images.
+    limit: the first n images only. images_only: no mask is opened or looked for, R = 0. workers:
+    threads that decode. Raises DataError for bad data, also if there are fewer than limit images.
     """
     root = Path(root)
     if name == "synthetic":
@@ -166,7 +160,7 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
     n = len(sources) if limit is None else limit
     if not 1 <= n <= len(sources):
         raise DataError(
-            f"{root}: {name} {split} has {len(sources)} images, fewer than asked for ({n})"
+            f"{name} {split} in {root} has {len(sources)} images, not {n}; ask for fewer"
         )
 
     def decode(image, *mask):
@@ -176,15 +170,14 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
         images, *masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
     else:
         key = f"{name}-{split}-{size[1]}x{size[0]}-{n}{'-images' * images_only}"
-        images, *masks = _store(key, sources[:n], decode, root)
+        images, *masks = _store(key, sources[:n], decode, root, workers)
     masks = images.new_empty(n, 0, *size) if images_only else masks[0]
     return SegmentationSet(name, split, [Path(s[0]).stem for s in sources[:n]], images, masks)
 
 
 def _pairs(name, root, split, images_only):
-    """[(image, mask)] paths sorted by stem, [(image,)] if images_only; fetches missing ISIC folders.
-
-    folder: `<root>/<split>/{images,masks}`; without val, a tenth of train; without splits, 80/10/10.
+    """[(image, mask)] paths sorted by stem, [(image,)] if images_only; fetches missing ISIC parts.
+    folder: <root>/<split>/{images,masks}; without val, a tenth of train; without splits, 80/10/10.
     """
     drawn = []  # the splits to draw
     if name == "isic2018":
@@ -255,24 +248,19 @@ def _fetch(url, folder):
         raise DataError(f"{part}: cannot be unpacked ({error}); make room, run again") from error
     except Exception as error:
         part.unlink()
-        raise DataError(
-            f"{part}: corrupt ({error}), now deleted; run again to reload it"
-        ) from error
+        raise DataError(f"{part}: corrupt ({error}), now deleted; run it again") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
 def synthetic_dermoscopy(n, size, seed, chunk=50):
     """Draw images uint8 (n, 3, H, W) and four raters' masks uint8 (n, 4, H, W) in {0, 1}.
-
     Raters: tight, loose, polygonal, smooth. Skin and lesion are layers of melanin and blood that
     absorb light; over them hairs, ink, stickers, rulers; last the lamp, the lens and the sensor.
     """
     if n > chunk:  # to bound memory; each chunk has its seed
-        parts = [
-            synthetic_dermoscopy(min(chunk, n - i), size, seed + 9973 * i)
-            for i in range(0, n, chunk)
-        ]
+        rest = range(0, n, chunk)
+        parts = [synthetic_dermoscopy(min(chunk, n - i), size, seed + 9973 * i) for i in rest]
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
     (h, w), g, b = size, torch.Generator().manual_seed(seed), chunk  # drawn whole: n never matters
 
@@ -290,7 +278,7 @@ def synthetic_dermoscopy(n, size, seed, chunk=50):
     y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
     # Outline: log radius as a Fourier series of the angle, frayed by noise; level > 0 is inside.
     z = torch.randn(b, 1, 1, 1, generator=g)
-    area = 0.13 * torch.exp(torch.where(z < 0, 1.12 * z, 0.8 * z)).clamp(0.1, 6.5)  # of the image
+    area = 0.13 * torch.exp(torch.where(z < 0, 1.12 * z, 0.76 * z)).clamp(0.1, 6.5)  # of the image
     r0 = torch.sqrt(area * h * w / math.pi) * px
     room = (1.2 - r0).clamp(0, 1)
     dy, dx = y - u(-0.4, 0.4) * room, x - u(-0.5, 0.5) * room
@@ -302,26 +290,25 @@ def synthetic_dermoscopy(n, size, seed, chunk=50):
     def wave(angle, k=8):  # (B, 1, H, W) -> the same
         return (amp * torch.cos(angle * order.view(8, 1, 1) + phase))[:, :k].sum(1, keepdim=True)
 
-    level = base + wave(theta) + u(0.3, 1) * (0.1 * field(7) + 0.07 * field(15) + 0.05 * field(36))
+    plain = base + wave(theta) + 0.07 * field(7)
+    level = plain + u(0.2, 1) * (0.07 * field(15) + 0.05 * field(36))
     # Raters. The polygon joins 9 points of the outline: its chords in polar coordinates.
     step, turn = 2 * math.pi / 9, u(0, 2 * math.pi)
-    r = torch.exp(wave(turn + step * torch.arange(9)) + u(-0.03, 0.08, 1, 1, 9)).flatten(
-        1
-    )  # (B, 9)
+    r = (wave(turn + step * torch.arange(9)) + u(-0.03, 0.08, 1, 1, 9)).exp().flatten(1)  # (B, 9)
     pos = torch.remainder(theta - turn, 2 * math.pi) / step
     i = pos.long().clamp(max=8)
     r1, r2 = (r.gather(1, (j % 9).flatten(1)).view_as(theta) for j in (i, i + 1))
     f = (pos - i) * step
     chord = r1 * r2 * math.sin(step) / (r1 * torch.sin(f) + r2 * torch.sin(step - f))
-    loose, smooth = level + 0.05 * field(7) + u(0.04, 0.13), base + wave(theta, 3) + u(-0.03, 0.06)
+    loose, smooth = plain + 0.04 * field(5) + u(0.03, 0.11), base + wave(theta, 3) + u(-0.03, 0.06)
     raters = torch.cat([level - u(0.02, 0.1), loose, base + torch.log(chord), smooth], 1)
     masks = ((raters > 0) | (base > torch.log(r0 / px / 0.8))).to(torch.uint8)  # never empty
-    # Skin and lesion, by absorption; 2 % of the lesions are paler than the skin.
+    # Skin and lesion, by absorption; 1.5 % of the lesions are paler than the skin.
     soft = u(0.03, 0.2) * (1 + 0.4 * field(4)).clamp(0.3, 2)
     lesion = torch.sigmoid(1.5 * level / soft)
-    texture = (1 + 0.35 * field(4) + 0.25 * field(12) + 0.15 * field(40)).clamp(0.1, 2.5)
-    mole = u(0.25, 1.5) * torch.where(u(0, 1) < 0.02, -0.3, 1) * texture
-    brown = u(0.05, 0.5) + 0.03 * field(30) + 0.02 * field(6) + lesion * mole
+    texture = (1 + 0.3 * field(4) + 0.2 * field(12) + 0.15 * field(40)).clamp(0.1, 2.5)
+    mole = u(0.35, 1.7) * torch.where(u(0, 1) < 0.015, -0.3, 1) * texture
+    brown = u(0.05, 0.5) + 0.02 * field(30) + 0.02 * field(6) + lesion * mole
     pink = u(0.08, 0.45) + 0.05 * field(4) + 0.02 * field(30)
     pink = pink + lesion * (u(0, 0.3) + 0.6 * (u(0, 1) < 0.15) * texture)
     img = torch.exp(-brown * rgb(0.35, 0.62, 0.9) - pink * rgb(0.06, 0.5, 0.4))
@@ -331,15 +318,14 @@ def synthetic_dermoscopy(n, size, seed, chunk=50):
     q = torch.cos(angle) * y - torch.sin(angle) * x - u(-1.3, 1.3, 14, 1, 1) - bend * p**2
     hair = torch.exp(-((q / wide.clamp(min=px / 2)) ** 2)) * (wide / px * 2).clamp(max=1)
     hair = hair * (p.abs() < u(0.1, 1.3, 14, 1, 1)) * (u(0, 1, 14, 1, 1) < u(0, 1))
-    ink = torch.sigmoid(((0.15 - (level + u(0.5, 0.9)).abs()) / 0.04).clamp(-9, 9)) * (
-        field(14) > 0.9
-    )
+    ring = torch.sigmoid((0.15 - (level + u(0.5, 0.9)).abs()) / 0.04)  # drawn round the lesion
+    ink = ring * torch.sigmoid((field(14) - 0.9) * 8)
     side = u(0, 6.3)
     p, q = torch.cos(side) * x + torch.sin(side) * y, torch.cos(side) * y - torch.sin(side) * x
     sticker = torch.sigmoid((u(0.3, 0.6) - torch.hypot(p - u(1.2, 1.6), q)) / px * 3)
     p, q = x + u(-0.2, 0.2) * y + u(-0.5, 0.5), y + u(-0.2, 0.2) * x - u(0.7, 0.9)
-    tick = (torch.remainder(p, 0.1) < 0.03) * (q > -0.06) * (q < 0)
-    ruler = torch.maximum(torch.exp(-((q / px) ** 2)), tick * 0.8) * (p.abs() < u(0.4, 0.7))
+    tick = (torch.remainder(p, 0.14) < 0.025) * (q > -0.08) * (q < 0)
+    ruler = torch.maximum(torch.exp(-((q / px * 1.4) ** 2)), tick * 0.8) * (p.abs() < u(0.4, 0.7))
     hue = 0.5 + 0.45 * torch.cos(u(0, 6.3) + rgb(0.0, 2.1, 4.2))
     for share, cover, colour in (
         (0.15, ink * u(0.3, 0.9), rgb(0.35, 0.2, 0.55)),
@@ -350,8 +336,8 @@ def synthetic_dermoscopy(n, size, seed, chunk=50):
         img = img + (u(0, 1) < share) * cover * (colour - img)
     # Lamp, vignette, dark corners, white balance, noise.
     far, way = torch.hypot(x - u(-0.2, 0.2), y - u(-0.15, 0.15)), u(0, 6.3)
-    light = 1 + u(0, 0.15) * (torch.cos(way) * x + torch.sin(way) * y) - u(0, 0.2) * far**2
-    corner = torch.sigmoid((far - u(1.3, 1.7)) / u(0.01, 0.06)) * (u(0, 1) < 0.4)
+    light = 1 + u(0, 0.12) * (torch.cos(way) * x + torch.sin(way) * y) - u(0, 0.15) * far**2
+    corner = torch.sigmoid((far - u(1.5, 1.75)) / u(0.01, 0.06)) * (u(0, 1) < 0.3)
     img = img * light * u(0.8, 1.08) * u(0.95, 1.05, 3, 1, 1) * (1 - 0.95 * corner)
     img = img + torch.randn(img.shape, generator=g) * u(0.002, 0.012)
     return (img[:n].clamp(0, 1) * 255).round().to(torch.uint8), masks[:n]
@@ -359,7 +345,6 @@ def synthetic_dermoscopy(n, size, seed, chunk=50):
 
 def augment(images, masks, generator=None):
     """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
-
     images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W) in {0, 1}, sampled nearest.
     The random numbers are drawn on the CPU, so that a resumed run repeats them on any device.
     """

@@ -76,8 +76,8 @@ def parse_args(argv=None):
     add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
     add("--map", default="blend", choices=["blend", "signed", "norm"], help="lesion map (ours)")
     add("--blend-weight", type=float, default=0.5, help="weight of the blend loss (ours)")
-    add("--t-train", type=int, nargs=2, default=[10, 400], help="range of t in training (ours)")
-    add("--t-infer", type=int, nargs=2, default=[20, 150], help="range of t_n at inference (ours)")
+    add("--t-train", type=int, nargs=2, default=[5, 250], help="range of t in training (ours)")
+    add("--t-infer", type=int, nargs=2, default=[5, 80], help="range of t_n at inference (ours)")
     add("--outputs", type=int, default=8, help="N outputs an image, 2 N network calls (ours)")
     add("--crf-rounds", type=int, default=3, help="K CRF results are averaged (paper)")
     add("--crf-outputs", type=int, default=4, help="H random outputs averaged for each (paper)")
@@ -91,7 +91,8 @@ def parse_args(argv=None):
     if args.epochs is None:
         args.epochs = 18 if args.data == "synthetic" else 40
     if args.quick:
-        args.max_steps, args.outputs, args.batch_size = args.max_steps or 6, 4, 8
+        args.max_steps = args.max_steps or 6
+        args.outputs, args.batch_size = min(4, args.outputs), min(8, args.batch_size)
     for name in ("epochs", "batch_size", "outputs", "crf_rounds", "crf_outputs", "save_every"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -332,15 +333,15 @@ def build(kind, args):
 # ==================================================================================================
 
 
-def tag_tiles(masks, n, size, supervision, seed, per_image=24):
+def tag_tiles(masks, n, size, supervision, seed, per_image=48):
     """Random windows of n images and the tag that a clinician would give to each.
 
     masks: uint8 (n, R, H, W), read here and nowhere else in DiffSeg's training, or not at all with
     supervision "border". Returns windows (n * K, 5) int64 = image, left, top, width, height and
-    tags (n * K,): HEALTHY no lesion pixel, LESION at least 80 % lesion, -1 anything between.
+    tags (n * K,): HEALTHY no lesion pixel, LESION at least 90 % lesion, -1 anything between.
     """
     g, (h, w) = torch.Generator().manual_seed(seed), size
-    side = 0.2 + 0.6 * torch.rand(n, per_image, generator=g) ** 1.5  # share of the image's sides
+    side = 0.1 + 0.5 * torch.rand(n, per_image, generator=g) ** 1.5  # share of the image's sides
     ww, hh = (side * w).long(), (side * h).long()
     left = (torch.rand(n, per_image, generator=g) * (w - ww + 1)).long()
     top = (torch.rand(n, per_image, generator=g) * (h - hh + 1)).long()
@@ -355,7 +356,7 @@ def tag_tiles(masks, n, size, supervision, seed, per_image=24):
         right, low = left + ww, top + hh
         inside = total[i, low, right] - total[i, top, right] - total[i, low, left]
         share = (inside + total[i, top, left]) / (ww * hh)
-    tags = torch.where(share == 0, HEALTHY, torch.where(share >= 0.8, LESION, -1))
+    tags = torch.where(share == 0, HEALTHY, torch.where(share >= 0.9, LESION, -1))
     return torch.stack([i, left, top, ww, hh], 2).flatten(0, 1), tags.flatten()
 
 
@@ -419,7 +420,7 @@ class Tiles:
 def diffseg_loss(net, tiles, args):
     """The loss of one batch: reconstructions of x0 and, for y = healthy, the blend weight."""
     b, device = args.batch_size, tiles.images.device
-    n_whole, n_same = max(1, b // 3), max(1, b // 24)  # whole images; images that stay themselves
+    n_whole, n_same = max(1, b // 2), max(1, b // 24)  # whole images; images that stay themselves
     n_pairs = max(1, b - n_whole - 4 * n_same)
     implanted, healthy, blob = tiles.implant(n_pairs + 2 * n_same)
     whole, tags = tiles.whole(n_whole + 2 * n_same)

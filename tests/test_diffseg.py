@@ -120,7 +120,7 @@ def test_tile_tags_say_what_the_tiles_hold(supervision):
 
 def test_implants_change_nothing_outside_their_blob():
     args = diffseg.parse_args(["--size", "32x16", "--device", "cpu"])
-    data = diffseg.load_segmentation("synthetic", None, "train", (32, 64), limit=30)
+    data = diffseg.load_segmentation("synthetic", "", "train", (32, 64), limit=30)
     torch.manual_seed(0)
     implanted, healthy, blob = diffseg.Tiles(data, args).implant(16)
     difference = (implanted - healthy).abs().amax(1, keepdim=True)
