@@ -763,11 +763,12 @@ def train(kind, net, loss_function, validate, args, folder):
     """Train one network, the loop of both stages: returns (best EMA network, threshold, seconds).
 
     kind: "diffseg" or "unet". loss_function(net) draws a batch and returns its loss; validate(ema)
-    returns (threshold, Dice) on the validation split. last_<kind>.pt is enough to go on exactly.
+    returns (threshold, Dice) on the validation split. last.pt holds all that --resume needs.
     """
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
-    last, best = folder / f"last_{kind}.pt", folder / f"best_{kind}.pt"
+    end = "" if kind == "diffseg" else f"_{kind}"
+    last, best, log_file = (folder / n for n in (f"last{end}.pt", f"best{end}.pt", f"log{end}.csv"))
     step, best_dice, seconds, log = 0, -1.0, 0.0, []
     torch.manual_seed(args.seed)
     if args.resume and last.exists():
@@ -829,7 +830,7 @@ def train(kind, net, loss_function, validate, args, folder):
                 best_dice = dice
                 shown = {k: state[k] for k in ("method", "kind", "ema", "step", "args")}
                 save_checkpoint(shown | {"threshold": threshold, "dice": dice}, best)
-            with open(folder / f"log_{kind}.csv", "w", newline="") as file:
+            with open(log_file, "w", newline="") as file:
                 csv.writer(file).writerows([["step", "loss", "val_dice", "threshold"], *log])
         save_checkpoint(state | {"best": best_dice, "log": log}, last)
         if stop and step < args.steps:
@@ -866,7 +867,7 @@ def run(args):
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     folder = Path(args.out) / "diffseg" / args.data / f"seed{args.seed}"
-    checkpoint = Path(args.checkpoint) if args.checkpoint else folder / "best_diffseg.pt"
+    checkpoint = Path(args.checkpoint) if args.checkpoint else folder / "best.pt"
     nets, calibration = {}, {}
     if args.predict or args.eval_only:
         state = load_checkpoint(checkpoint, "diffseg", args)

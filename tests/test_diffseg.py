@@ -28,7 +28,7 @@ def run(*argv):
     return 0
 
 
-def weights(folder, seed=0, kind="last_diffseg"):
+def weights(folder, seed=0, kind="last"):
     path = Path(folder) / "diffseg" / "synthetic" / f"seed{seed}" / f"{kind}.pt"
     return torch.load(path, weights_only=True)["ema"]
 
@@ -155,7 +155,7 @@ def test_bare_command_writes_all_results_and_two_runs_agree(tmp_path, capsys):
     for name in "ab":
         assert run("--quick", "--size", "32x16", "--width", 16, "--out", tmp_path / name) == 0
     folder = tmp_path / "a" / "diffseg" / "synthetic" / "seed0"
-    for name in ("args.json", "log_diffseg.csv", "last_diffseg.pt", "best_unet.pt"):
+    for name in ("args.json", "log.csv", "last.pt", "best_unet.pt"):
         assert (folder / name).stat().st_size
     rows = json.loads((folder / "result.json").read_text())["rows"]
     assert list(rows) == ["otsu", "unet", "diffseg", "diffseg_crf"]
@@ -184,7 +184,7 @@ def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how):
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *command, tmp_path / "cut"], env=env, stderr=subprocess.PIPE
     )
-    last = tmp_path / "cut" / "diffseg" / "synthetic" / "seed0" / "last_diffseg.pt"
+    last = tmp_path / "cut" / "diffseg" / "synthetic" / "seed0" / "last.pt"
     deadline = time.time() + 60
     while not last.exists() and time.time() < deadline:
         time.sleep(0.01)
@@ -263,7 +263,7 @@ def test_cuda_without_a_gpu(capsys):
 
 
 def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys):
-    best = trained / "diffseg" / "synthetic" / "seed0" / "best_diffseg.pt"
+    best = trained / "diffseg" / "synthetic" / "seed0" / "best.pt"
     base = [*TINY, "--out", trained, "--eval-only", "--checkpoint"]
     torch.save({"method": "pepl"}, tmp_path / "pepl.pt")
     (tmp_path / "broken.pt").write_bytes(best.read_bytes()[:1000])
@@ -275,7 +275,7 @@ def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys):
 
 
 def test_full_disk_leaves_the_earlier_checkpoint_intact(trained, monkeypatch, capsys):
-    last = trained / "diffseg" / "synthetic" / "seed0" / "last_diffseg.pt"
+    last = trained / "diffseg" / "synthetic" / "seed0" / "last.pt"
     before = last.read_bytes()
 
     def full(self, data):
