@@ -2,9 +2,9 @@
 
 Paper: DiffSeg, https://arxiv.org/abs/2404.16474. The idea in five lines: noise an image, let one
 denoising network reconstruct it twice, as what it is ("lesion") and as its lesion-free counterpart
-("healthy"), and take the difference: it shows the lesion. No pixel labels: the network learns the
-counterpart from lesion tiles blended into healthy tiles. Other noise gives other outputs, as other
-annotators would draw; their mean, variance and distance say how sure the result is.
+("healthy"), and take the difference: it shows the lesion. It learns the counterpart from tagged
+tiles, not pixels: lesion tiles blended into healthy tiles. Other noise gives other outputs, as
+other annotators would draw; their mean, variance and distance say how sure the result is.
 
     x0 --noise--> xt --+-- f(xt, t_n, lesion)  --> x0_lesion ---+
                        |                                        +-- difference, blend --> N masks
@@ -23,14 +23,15 @@ Deviations from the paper (D) and its code, with reasons:
 D1  One conditional network instead of two: half the memory. `--pair official` trains the two.
 D2  The lesion-free counterparts come from implantation; the paper does not say where its do.
 D3  Supervision is 48 tags an image, each of one random tile (healthy, lesion or neither); the masks
-    of the training set only produce those tags. `--supervision border` uses no mask at all.
+    of the training set only produce those tags. `--supervision border` reads none of them. Both
+    choose checkpoint and threshold on the masks of the validation split.
 D4  The healthy reconstruction carries a fourth channel, the blend weight of a lesion, known for
-    implants and inside tagged tiles. On validation images of ISIC it needs no threshold per image,
-    which is what limits the difference itself (`--map signed|norm`).
+    implants and inside tagged tiles. The map is the geometric mean of it and of the difference:
+    on validation better than either alone (`--map blend|signed|norm`).
 D5  Small t (5..80 of 1000): measured, the maps get worse from t = 100 upwards.
 D6  Dice is the mean over images, GED compares with annotators and counts all pairs.
 D7  The paper's CRF parameters, at this image size, lower Dice by 0.1 on validation; ours are chosen
-    there. Pixels of the bilateral kernel scale with --size.
+    there, at 64 x 48. Scale --sxy-bilateral with --size yourself.
 D8  The CRF's unary is calibrated: logits are shifted so that validation's threshold means 1/2.
 """
 
@@ -48,6 +49,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
@@ -62,6 +64,7 @@ from tqdm import tqdm
 from crf import DenseCRF, unary_from_softmax
 from data import IMAGE_SUFFIXES, DataError, augment, load_segmentation, parse_size, read_image
 
+# Equations are tagged G where the paper or its code gives them, O where they are ours.
 LESION, HEALTHY = 0, 1  # the condition y of the network f(xt, t, y)
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 METRICS = ["dice", "iou", "precision", "recall", "thresholded_jaccard", "ged"]
@@ -82,7 +85,7 @@ def parse_args(argv=None):
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
     add("--epochs", type=int, help="passes over the training set; synthetic 18, others 14")
-    add("--max-steps", type=int, help="stop after this many training steps")
+    add("--max-steps", type=int, help="at most this many steps; the schedule fits")
     add("--batch-size", type=int, default=24, help="images in a training step")
     add("--lr", type=float, default=1e-3, help="peak of AdamW's cosine schedule (ours)")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
@@ -105,7 +108,8 @@ def parse_args(argv=None):
         help="one net or two (paper)",
     )
     add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
-    add("--map", default="blend", choices=["blend", "signed", "norm"], help="lesion map (ours)")
+    maps = ["product", "blend", "signed", "norm"]
+    add("--map", default="product", choices=maps, help="what makes the lesion map (ours)")
     add("--blend-weight", type=float, default=0.5, help="weight of the blend loss (ours)")
     add("--t-train", type=int, nargs=2, default=[5, 250], help="range of t in training (ours)")
     add("--t-infer", type=int, nargs=2, default=[5, 80], help="range of t_n at inference (ours)")
@@ -114,7 +118,7 @@ def parse_args(argv=None):
     add("--crf-outputs", type=int, default=4, help="H random outputs averaged for each (paper)")
     add("--sxy-bilateral", type=float, default=5.0, help="CRF: pixels (ours; paper 80)")
     add("--srgb", type=float, default=8.0, help="CRF: grey levels (ours; paper 13)")
-    add("--compat-bilateral", type=float, default=2.0, help="CRF: weight (ours; paper 10)")
+    add("--compat-bilateral", type=float, default=1.0, help="CRF: weight (ours; paper 10)")
     add("--sxy-gaussian", type=float, default=3.0, help="CRF: pixels (paper)")
     add("--compat-gaussian", type=float, default=0.0, help="CRF: weight (ours; paper 3)")
     add("--save-every", type=int, default=200, help="steps between checkpoints and validations")
@@ -136,18 +140,21 @@ def parse_args(argv=None):
         p.error(f"--width {args.width} must be a multiple of 16")
     if args.size[0] % 8 or args.size[1] % 8:
         p.error("--size must be multiples of 8")
-    if args.crf_outputs > args.outputs:
-        p.error(f"--crf-outputs {args.crf_outputs} is more than --outputs {args.outputs}")
+    args.crf_outputs = min(args.crf_outputs, args.outputs)
     if args.lr <= 0:
         p.error("--lr must be positive")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=args.device)
+        if torch.device(args.device).index is not None and args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not usable here; take --device cpu")
     bf16_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    args.bf16 = args.amp == "on" or (args.amp == "auto" and (args.device != "cpu" or bf16_cpu))
+    args.bf16 = args.amp == "on" or (
+        args.amp == "auto" and (args.device.startswith("cuda") or bf16_cpu)
+    )
     return args
 
 
@@ -174,8 +181,8 @@ def pseudo_noise(xt, t, x0_hat):
 def diffusion_difference(xt, t, x0_healthy, x0_lesion):
     """Signed difference of the two pseudo-noises in units of x0, (B, C, H, W); > 0: lesion darker.
 
-    The paper takes eps~_no minus eps~_have. Scaled by sqrt(1 - a) / sqrt(a) that is the difference
-    of the two reconstructions, whose size does not depend on t.
+    The paper takes eps~_no minus eps~_have, here negated. Scaled by sqrt(1 - a) / sqrt(a) that is
+    the difference of the two reconstructions, whose size does not depend on t.
     """
     a = ALPHA_BAR.to(xt.device)[t][:, None, None, None]
     eps_diff = pseudo_noise(xt, t, x0_lesion) - pseudo_noise(xt, t, x0_healthy)
@@ -185,7 +192,7 @@ def diffusion_difference(xt, t, x0_healthy, x0_lesion):
 def difference_score(difference, kind):
     """One score per pixel, (B, C, H, W) -> (B, 1, H, W) in [0, 1], from min to max of each image.
 
-    kind "signed": mean over the channels, negative parts cut; "norm": length over the channels.
+    kind "norm": length over the channels; any other: mean over them, negative parts cut.
     """
     d = difference.mean(1, keepdim=True).clamp(min=0)
     d = difference.norm(dim=1, keepdim=True) if kind == "norm" else d
@@ -370,14 +377,13 @@ def autocast(args):
 
 
 @torch.no_grad()
-def lesion_scores(net, img, args, outputs=None):
+def lesion_scores(net, img, args):
     """N outputs for images (B, 3, H, W) uint8: scores (B, N, H, W) in [0, 1], difference (B, H, W).
 
     The n-th output has its own noise and step t_n, the same for every image, so that the result
     does not depend on the batch. It costs 2 N network calls, and no 1,000-step chain.
     """
-    n = outputs or args.outputs
-    g = torch.Generator().manual_seed(args.seed)
+    n, g = args.outputs, torch.Generator().manual_seed(args.seed)
     x0 = img.to(args.device).float() / 127.5 - 1
     scores, mean_difference = [], 0
     for t_n in torch.linspace(*args.t_infer, n).long().tolist():
@@ -388,8 +394,10 @@ def lesion_scores(net, img, args, outputs=None):
             healthy = net(xt, t, torch.full_like(t, HEALTHY))
             lesion = net(xt, t, torch.full_like(t, LESION))
         d = diffusion_difference(xt, t, healthy[:, :3], lesion[:, :3])
-        blend = healthy[:, 3:].sigmoid()
-        scores.append(blend if args.map == "blend" else difference_score(d, args.map))
+        blend = healthy[:, 3:].sigmoid()  # (B, 1, H, W)
+        score = blend if args.map == "blend" else difference_score(d, args.map)
+        # ours: blend knows what a lesion is, the difference where it ends: their geometric mean
+        scores.append((blend * score).sqrt() if args.map == "product" else score)
         mean_difference = mean_difference + d.mean(1) / n
     return torch.cat(scores, 1), mean_difference
 
@@ -428,6 +436,13 @@ def choose_threshold(scores, masks):
     dice = [overlap_metrics(consensus(scores > th), truth)["dice"].mean().item() for th in grid]
     best = int(np.argmax(dice))
     return grid[best], dice[best]
+
+
+def calibrate(kind, net, val, args):
+    """Choose the threshold of a network, "diffseg" or "unet", on val: (threshold, mean Dice)."""
+    function = lesion_scores if kind == "diffseg" else unet_scores
+    scores = batched(lambda x: function(net, x, args), val.images)
+    return choose_threshold(scores[0] if kind == "diffseg" else scores, val.masks)
 
 
 def crf_integrate(scores, img, threshold, args):
@@ -470,6 +485,7 @@ def evaluate(nets, calibration, data, args):
 
     nets: {"diffseg": net, "unet": net or absent}; calibration: their thresholds from validation.
     """
+    torch.manual_seed(args.seed)  # of the U-Net's dropout
     img, truth = data.images, consensus(data.masks)
     th = calibration["diffseg"]
     scores, difference = batched(lambda x: lesion_scores(nets["diffseg"], x, args), img)
@@ -614,7 +630,7 @@ def tag_tiles(masks, n, size, supervision, seed, per_image=48):
     left = (torch.rand(n, per_image, generator=g) * (w - ww + 1)).long()
     top = (torch.rand(n, per_image, generator=g) * (h - hh + 1)).long()
     i = torch.arange(n)[:, None].expand_as(left)
-    if supervision == "border":  # windows in the outer fifth are healthy, small central ones lesion
+    if supervision == "border":  # small windows at the border are healthy, central ones lesion
         margin = torch.stack([left, w - left - ww, top, h - top - hh]).amin(0)
         off_centre = ((left + ww / 2) / w - 0.5).abs() + ((top + hh / 2) / h - 0.5).abs()
         share = torch.where((margin <= w // 50) & (side < 0.35), 0.0, 0.5)
@@ -741,8 +757,11 @@ def save_checkpoint(state, path):
         ) from error
 
 
-def load_checkpoint(path, kind, args):
-    """Read a checkpoint of stage kind; raises DataError if it is missing, broken or another's."""
+def load_checkpoint(path, kind, args, fixed=("width", "pair", "size", "map")):
+    """Read a checkpoint of stage kind, trained with the flags `fixed` as they are now.
+
+    Raises DataError if it is missing, broken, another method's or trained with other flags.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -751,7 +770,7 @@ def load_checkpoint(path, kind, args):
         raise DataError(f"{path} is not a readable checkpoint; train again") from error
     if not isinstance(state, dict) or state.get("method") != "diffseg" or state.get("kind") != kind:
         raise DataError(f"{path} is a checkpoint of something else, not of {kind} in diffseg.py")
-    for name in ("width", "pair", "size", "map"):
+    for name in fixed:
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
             flag = "x".join(map(str, was[::-1])) if name == "size" else was
@@ -759,35 +778,36 @@ def load_checkpoint(path, kind, args):
     return state
 
 
-def train(kind, net, loss_function, validate, args, folder):
+def train(kind, net, loss_function, val, args, folder):
     """Train one network, the loop of both stages: returns (best EMA network, threshold, seconds).
 
-    kind: "diffseg" or "unet". loss_function(net) draws a batch and returns its loss; validate(ema)
-    returns (threshold, Dice) on the validation split. last.pt holds all that --resume needs.
+    kind: "diffseg" or "unet". loss_function(net) draws a batch and returns its loss; val, the
+    validation split, chooses checkpoint and threshold. last.pt holds all that --resume needs.
     """
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
     end = "" if kind == "diffseg" else f"_{kind}"
     last, best, log_file = (folder / n for n in (f"last{end}.pt", f"best{end}.pt", f"log{end}.csv"))
-    step, best_dice, seconds, log = 0, -1.0, 0.0, []
+    step, best_dice, seconds, log, smooth = 0, -1.0, 0.0, [], None
     torch.manual_seed(args.seed)
     if args.resume and last.exists():
         state = load_checkpoint(last, kind, args)
-        if state["args"]["steps"] != args.steps:
-            raise DataError(
-                f"{last} is of a run of {state['args']['steps']} steps, not {args.steps}"
-            )
+        for name in ("steps", "lr", "batch_size", "supervision", "t_train", "blend_weight", "bf16"):
+            if (was := state["args"][name]) != getattr(args, name):
+                raise DataError(f"{last}: {name} was {was}, now {getattr(args, name)}; keep it")
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
-        step, best_dice, seconds, log = (state[k] for k in ("step", "best", "seconds", "log"))
+        step, best_dice, seconds, log, smooth = (
+            state[k] for k in ("step", "best", "seconds", "log", "smooth")
+        )
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])
     forward = torch.compile(net) if args.compile else net
     stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    start, smooth = time.time() - seconds, None
+    start = time.time() - seconds
     bar = tqdm(total=args.steps * args.batch_size, initial=step * args.batch_size, unit="img",
                desc=f"train {kind}", smoothing=0.05)  # fmt: skip
     while step < args.steps:
@@ -820,11 +840,11 @@ def train(kind, net, loss_function, validate, args, folder):
         state = {
             "method": "diffseg", "kind": kind, "net": net.state_dict(), "ema": ema.state_dict(),
             "opt": opt.state_dict(), "step": step, "rng": rng, "seconds": seconds,
-            "cuda_rng": torch.cuda.get_rng_state() if args.device != "cpu" else None,
+            "cuda_rng": torch.cuda.get_rng_state() if args.device.startswith("cuda") else None,
             "args": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()},
         }  # fmt: skip
         if step % args.save_every == 0 or step == args.steps:
-            threshold, dice = validate(ema)
+            threshold, dice = calibrate(kind, ema, val, args)
             log.append([step, round(smooth, 6), round(dice, 5), round(threshold, 3)])
             if dice > best_dice:
                 best_dice = dice
@@ -832,8 +852,8 @@ def train(kind, net, loss_function, validate, args, folder):
                 save_checkpoint(shown | {"threshold": threshold, "dice": dice}, best)
             with open(log_file, "w", newline="") as file:
                 csv.writer(file).writerows([["step", "loss", "val_dice", "threshold"], *log])
-        save_checkpoint(state | {"best": best_dice, "log": log}, last)
-        if stop and step < args.steps:
+        save_checkpoint(state | {"best": best_dice, "log": log, "smooth": smooth}, last)
+        if stop:
             bar.close()
             print(f"stopped at step {step}; add --resume to go on", file=sys.stderr)
             raise SystemExit(130)
@@ -870,7 +890,8 @@ def run(args):
     checkpoint = Path(args.checkpoint) if args.checkpoint else folder / "best.pt"
     nets, calibration = {}, {}
     if args.predict or args.eval_only:
-        state = load_checkpoint(checkpoint, "diffseg", args)
+        fixed = ["width", "pair", "size", *(["map"] if args.predict else [])]
+        state = load_checkpoint(checkpoint, "diffseg", args, fixed)
         nets["diffseg"], calibration["diffseg"] = build("diffseg", args), state["threshold"]
         nets["diffseg"].load_state_dict(state["ema"])
         nets["diffseg"].eval()
@@ -883,20 +904,26 @@ def run(args):
     folder.mkdir(parents=True, exist_ok=True)
     limit = 24 if args.quick else None
     double = (2 * args.size[0], 2 * args.size[1])  # tiles are cut from twice the resolution
-    load = {"limit": limit, "workers": args.num_workers}
-    val = load_segmentation(args.data, args.data_root, "val", args.size, **load)
-    test = load_segmentation(args.data, args.data_root, "test", args.size, **load)
+
+    def load(split, size):
+        found = load_segmentation(args.data, args.data_root, split, size, workers=args.num_workers)
+        cut = {k: getattr(found, k)[:limit] for k in ("ids", "images", "masks")}
+        return replace(found, **cut)
+
+    val = load("val", args.size)
+    test = load("test", args.size)
     result_file, seconds, trained_by = folder / "result.json", {}, args.argv
     if args.eval_only:
         trained_by, args.steps = state["args"]["argv"], state["args"]["steps"]
         if result_file.exists():  # the training's time is kept
             seconds = json.loads(result_file.read_text()).get("seconds", {})
         if args.compare and (folder / "best_unet.pt").exists():
-            state = load_checkpoint(folder / "best_unet.pt", "unet", args)
+            state = load_checkpoint(folder / "best_unet.pt", "unet", args, ["width", "size"])
             nets["unet"], calibration["unet"] = build("unet", args).eval(), state["threshold"]
             nets["unet"].load_state_dict(state["ema"])
+        calibration = {kind: calibrate(kind, net, val, args)[0] for kind, net in nets.items()}
     else:
-        train_set = load_segmentation(args.data, args.data_root, "train", double, **load)
+        train_set = load("train", double)
         args.steps = args.epochs * math.ceil(len(train_set) / args.batch_size)
         args.steps = min(args.steps, args.max_steps or args.steps)
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
@@ -905,25 +932,21 @@ def run(args):
         if args.compare:
             stages["unet"] = lambda net: unet_loss(net, train_set, args)
         for kind, loss_function in stages.items():
-
-            def validate(net, kind=kind):
-                function = (lambda x: lesion_scores(net, x, args, 4)[0]) if kind == "diffseg" else (
-                    lambda x: unet_scores(net, x, args))  # fmt: skip
-                return choose_threshold(batched(function, val.images), val.masks)
-
             torch.manual_seed(args.seed)
             nets[kind], calibration[kind], seconds[kind] = train(
-                kind, build(kind, args), loss_function, validate, args, folder
+                kind, build(kind, args), loss_function, val, args, folder
             )
     rows, maps = evaluate(nets, calibration, test, args)
     figure = folder / "figures" / "panel.png"
     draw_panel(test, rows, maps, calibration["diffseg"], figure)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB of main memory
-    if args.device != "cpu":
+    if args.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated() / 2**20
     result = {
         "method": "diffseg", "data": args.data, "split": "test", "n_images": len(test),
@@ -934,7 +957,10 @@ def run(args):
         "trained_by": " ".join(["python diffseg.py", *trained_by]),
         "thresholds": calibration,
         "rows": {
-            row: {m: {"mean": v.mean().item(), "std": v.std().item()} for m, v in metrics.items()}
+            row: {
+                m: {"mean": v.mean().item(), "std": v.std(unbiased=False).item()}
+                for m, v in metrics.items()
+            }
             for row, metrics in rows.items()
         },
     }  # fmt: skip
