@@ -72,11 +72,19 @@ MODEL_FLAGS = ["width", "pair", "size"]  # a checkpoint is only good with its ow
 PREDICT_FLAGS = [*MODEL_FLAGS, "map", "t_infer"]  # its threshold too
 RESUME_FLAGS = [*PREDICT_FLAGS, "steps", "lr", "batch_size", "supervision", "t_train", "bf16"]
 RESUME_FLAGS += ["blend_weight", "outputs"]
+CRF_FLAGS = ["sxy_gaussian", "compat_gaussian", "sxy_bilateral", "srgb", "compat_bilateral"]
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 
 # ==================================================================================================
 # 1. Command line
 # ==================================================================================================
+
+
+def positive(text):
+    """argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 def parse_args(argv=None):
@@ -87,15 +95,17 @@ def parse_args(argv=None):
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--epochs", type=int, help="passes over the training set [synthetic 18, others 30]")
-    add("--max-steps", type=int, help="at most this many steps; the schedule fits")
-    add("--batch-size", type=int, default=24, help="images in a training step")
+    add("--epochs", type=positive, help="passes over the training set [synthetic 18, others 30]")
+    add("--max-steps", type=positive, help="at most this many steps; the schedule fits")
+    add("--batch-size", type=positive, default=24, help="images in a training step")
     add("--lr", type=float, default=1e-3, help="peak of AdamW's cosine schedule (ours)")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="auto", choices=["auto", "on", "off"], help="bf16 autocast")
     add("--compile", action="store_true", help="torch.compile the networks in training")
-    add("--num-workers", type=int, default=8, help="threads that decode images, first run only")
+    add(
+        "--num-workers", type=positive, default=8, help="threads that decode images, first run only"
+    )
     add("--out", default="out", help="results go to OUT/diffseg/DATA/seedK")
     add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
     add("--eval-only", action="store_true", help="no training: evaluate the best checkpoint")
@@ -113,25 +123,25 @@ def parse_args(argv=None):
     add("--blend-weight", type=float, default=0.5, help="weight of the blend loss (ours)")
     add("--t-train", type=int, nargs=2, default=[5, 250], help="range of t in training (ours)")
     add("--t-infer", type=int, nargs=2, default=[5, 80], help="range of t_n at inference (ours)")
-    add("--outputs", type=int, default=8, help="N outputs an image, 2 N network calls (ours)")
-    add("--crf-rounds", type=int, default=3, help="K CRF results are averaged (paper)")
-    add("--crf-outputs", type=int, default=4, help="H random outputs averaged for each (paper)")
+    add("--outputs", type=positive, default=8, help="N outputs an image, 2 N network calls (ours)")
+    add("--crf-rounds", type=positive, default=3, help="K CRF results are averaged (paper)")
+    add(
+        "--crf-outputs", type=positive, default=4, help="H random outputs averaged for each (paper)"
+    )
     add("--sxy-bilateral", type=float, default=5.0, help="CRF: pixels (ours; paper 80)")
     add("--srgb", type=float, default=8.0, help="CRF: grey levels (ours; paper 13)")
     add("--compat-bilateral", type=float, default=1.0, help="CRF: weight (ours; paper 10)")
     add("--sxy-gaussian", type=float, default=3.0, help="CRF: pixels (paper)")
     add("--compat-gaussian", type=float, default=0.0, help="CRF: weight (ours; paper 3)")
-    add("--save-every", type=int, default=200, help="steps between checkpoints and validations")
+    add(
+        "--save-every", type=positive, default=200, help="steps between checkpoints and validations"
+    )
     args = p.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     args.epochs = args.epochs or (18 if args.data == "synthetic" else 30)
     if args.quick:
         args.max_steps = args.max_steps or 6
         args.outputs, args.batch_size = min(4, args.outputs), min(8, args.batch_size)
-    counts = "epochs max_steps batch_size outputs crf_rounds crf_outputs save_every num_workers"
-    for name in counts.split():
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("t_train", "t_infer"):
         if not 0 <= getattr(args, name)[0] <= getattr(args, name)[1] < T:
             p.error(f"--{name.replace('_', '-')} needs 0 <= LOW <= HIGH < {T}")
@@ -381,9 +391,9 @@ def unet_scores(net, img, args):
     """N MC-dropout samples of the U-Net's probabilities, (B, 3, H, W) uint8 -> (B, N, H, W)."""
     x = img.to(args.device).float() / 127.5 - 1
     zero = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    torch.manual_seed(args.seed)
     net.train()  # of its layers only dropout behaves differently in training
-    with autocast(args):
+    with autocast(args), torch.random.fork_rng():  # validation must not disturb the training
+        torch.manual_seed(args.seed)
         p = torch.cat([net(x, zero, zero).sigmoid() for _ in range(args.outputs)], 1)
     net.eval()
     return p
@@ -399,7 +409,7 @@ def batched(function, *tensors, size=64):
 
 
 def consensus(masks):
-    """Majority of raters or outputs, (B, N, H, W) -> (B, 1, H, W) bool; a tie counts as lesion."""
+    """Majority of raters, (B, R, H, W) -> (B, 1, H, W) bool; a tie counts as lesion."""
     return masks.float().mean(1, keepdim=True) >= 0.5
 
 
@@ -417,15 +427,21 @@ def relative(scores, calibration):
     return torch.logit(scores, 1e-4) - level[:, None, None].to(scores)
 
 
+def fuse(logits):
+    """One mask (B, 1, H, W) bool from the outputs' relative logits (B, N, H, W), by their mean."""
+    return logits.mean(1, keepdim=True) > 0
+
+
 def calibrate(kind, net, val, args):
     """Choose (threshold, spread) of a network on the split val; returns them and the mean Dice.
 
-    The threshold has the best Dice of the majority vote, then the spread has the lowest GED.
+    The threshold has the best Dice of the mean logit, then the spread has the lowest GED.
     """
     scores = batched(lambda x: SCORES[kind](net, x, args), val.images)
     truth, grid = consensus(val.masks), torch.linspace(0.05, 0.95, 46).tolist()
-    dice = [overlap_metrics(consensus(scores > g), truth)["dice"].mean().item() for g in grid]
-    threshold, spreads = grid[int(np.argmax(dice))], [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]
+    preds = (fuse(relative(scores, (g, 0.0))) for g in grid)
+    dice = [overlap_metrics(pred, truth)["dice"].mean().item() for pred in preds]
+    threshold, spreads = grid[int(np.argmax(dice))], [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     masks = (relative(scores, (threshold, s)) > 0 for s in spreads)
     distance = [ged(m, val.masks).mean().item() for m in masks]
     return (threshold, spreads[int(np.argmin(distance))]), max(dice)
@@ -436,9 +452,7 @@ def crf_integrate(logits, img, args):
 
     Each of the K results starts from the average of H random outputs; img is (B, 3, H, W) uint8.
     """
-    crf = DenseCRF(sxy_gaussian=args.sxy_gaussian, compat_gaussian=args.compat_gaussian,
-                   sxy_bilateral=args.sxy_bilateral, srgb=args.srgb,
-                   compat_bilateral=args.compat_bilateral)  # fmt: skip
+    crf = DenseCRF(**{name: getattr(args, name) for name in CRF_FLAGS})
     g, results = torch.Generator().manual_seed(args.seed), []
     p, img = logits.to(args.device).sigmoid(), img.to(args.device)
     for _ in range(args.crf_rounds):
@@ -465,20 +479,20 @@ def evaluate(nets, calibration, data, args):
     nets: {"diffseg": net, "unet": net or absent}; calibration: theirs, chosen on validation.
     """
     samples = {"otsu": otsu_green(data.images)}  # row: masks (B, N, H, W) bool
+    preds = {"otsu": samples["otsu"]}  # row: one mask (B, 1, H, W)
     for kind in sorted(nets, reverse=True):
         scores = batched(lambda x, kind=kind: SCORES[kind](nets[kind], x, args), data.images)
         logits = relative(scores, calibration[kind])
-        samples[kind] = logits > 0
+        samples[kind], preds[kind] = logits > 0, fuse(logits)
     integrated = batched(lambda z, x: crf_integrate(z, x, args), logits, data.images)
     samples["diffseg_crf"] = integrated > 0.5
-    pred = {row: consensus(masks) for row, masks in samples.items()}
-    pred["diffseg_crf"] = integrated.mean(1, keepdim=True) > 0.5
+    preds["diffseg_crf"] = integrated.mean(1, keepdim=True) > 0.5
     truth = consensus(data.masks)
     rows = {
-        row: overlap_metrics(pred[row], truth) | {"ged": ged(masks, data.masks)}
+        row: overlap_metrics(preds[row], truth) | {"ged": ged(masks, data.masks)}
         for row, masks in samples.items()
     }
-    return rows, {"samples": samples["diffseg"], "pred": pred["diffseg_crf"]}
+    return rows, {"samples": samples["diffseg"], "pred": preds["diffseg_crf"]}
 
 
 def colour_map(x):

@@ -29,8 +29,8 @@ def run(*argv):
     return 0
 
 
-def weights(folder):
-    path = Path(folder) / "diffseg" / "synthetic" / "seed0" / "last_diffseg.pt"
+def weights(folder, kind="diffseg"):
+    path = Path(folder) / "diffseg" / "synthetic" / "seed0" / f"last_{kind}.pt"
     return torch.load(path, weights_only=True)["ema"]
 
 
@@ -189,15 +189,15 @@ def test_official_pair_trains(tmp_path):
     assert run(*TINY, "--pair", "official", "--map", "signed", "--out", tmp_path) == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how):
-    command = [*TINY, "--max-steps", "60", "--save-every", "10", "--out"]
+@pytest.mark.parametrize(("how", "stage"), [(signal.SIGINT, "diffseg"), (signal.SIGKILL, "unet")])
+def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how, stage):
+    command = [*TINY, "--compare", "--max-steps", "40", "--save-every", "10", "--out"]
     assert run(*command, tmp_path / "whole") == 0
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *command, tmp_path / "cut"], env=env, stderr=subprocess.PIPE
     )
-    last = tmp_path / "cut" / "diffseg" / "synthetic" / "seed0" / "last_diffseg.pt"
+    last = tmp_path / "cut" / "diffseg" / "synthetic" / "seed0" / f"last_{stage}.pt"
     deadline = time.time() + 60
     while not last.exists() and time.time() < deadline:
         time.sleep(0.01)
@@ -205,9 +205,10 @@ def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how):
     err = process.communicate()[1].decode()
     if how == signal.SIGINT:
         assert process.returncode == 130 and "--resume" in err
-    assert torch.load(last, weights_only=True)["step"] < 60
+    assert torch.load(last, weights_only=True)["step"] < 40
     assert run(*command, tmp_path / "cut", "--resume") == 0
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    for kind in ("diffseg", "unet"):
+        assert same(weights(tmp_path / "whole", kind), weights(tmp_path / "cut", kind))
 
 
 @pytest.fixture(scope="module")
