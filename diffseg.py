@@ -438,7 +438,7 @@ def calibrate(kind, net, val, args):
     The threshold has the best Dice of the mean logit, then the spread has the lowest GED.
     """
     scores = batched(lambda x: SCORES[kind](net, x, args), val.images)
-    truth, grid = consensus(val.masks), torch.linspace(0.05, 0.95, 46).tolist()
+    truth, grid = consensus(val.masks), [k / 50 for k in range(2, 49)]
     preds = (fuse(relative(scores, (g, 0.0))) for g in grid)
     dice = [overlap_metrics(pred, truth)["dice"].mean().item() for pred in preds]
     threshold, spreads = grid[int(np.argmax(dice))], [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
