@@ -24,18 +24,20 @@ Results: Dice 0.812 (DiffSeg + CRF) against 0.893 (U-Net on all masks) and 0.610
 Deviations from the paper (D) and its code, with reasons:
 D1  One conditional network instead of two: half the memory. `--pair official` trains the two.
 D2  The lesion-free counterparts come from implantation; the paper does not say where its do.
-D3  Supervision is 48 tags an image, each of one random tile (healthy, lesion or neither); the masks
-    of the training set only produce those tags. `--supervision border` reads none of them. Both
-    choose checkpoint and threshold on the masks of the validation split.
+D3  Supervision is 48 tags an image, each of one random tile (healthy, lesion or partly lesion); the
+    masks of the training set only produce those tags. `--supervision border` reads none of them.
+    Both choose checkpoint, threshold and spread on the masks of the validation split.
 D4  The healthy reconstruction carries a fourth channel, the blend weight of a lesion, known for
-    implants and inside tagged tiles. The map is the geometric mean of it and of the difference:
-    better than either alone early in training, as good as the blend weight at its end
-    (`--map blend|signed|norm` give one alone).
+    implants and inside tagged tiles; of a partly lesion tile the maximum and minimum are known. The
+    map is the geometric mean of it and of the difference (`--map blend|signed|norm`: one alone).
 D5  Small t (5..80 of 1000): in our trials on validation the maps got worse with growing t.
 D6  Dice is the mean over images, GED compares with annotators and counts all pairs.
-D7  The paper's CRF parameters lower Dice at this image size; ours were chosen on validation, at
-    64 x 48. Scale --sxy-bilateral with --size yourself.
-D8  The CRF's unary is calibrated: logits are shifted so that validation's threshold means 1/2.
+D7  Each output has its own threshold, evenly spread around the common one as tighter and looser
+    annotators would draw: outputs of one network at one threshold hardly differ. The spread is
+    chosen on validation by GED; the U-Net's samples get theirs in the same way.
+D8  The paper's CRF parameters lower Dice at this image size; ours were chosen on validation, at
+    64 x 48. Scale --sxy-bilateral with --size yourself. The CRF's unary is calibrated: logits are
+    shifted so that an output's threshold means 1/2.
 """
 
 import argparse
