@@ -122,14 +122,8 @@ def parse_args(argv=None):
     add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
     maps = ["product", "blend", "signed", "norm"]
     add("--map", default="product", choices=maps, help="what makes the lesion map (ours)")
-    add(
-        "--refine-at",
-        type=float,
-        nargs="*",
-        default=[0.4, 0.7],
-        metavar="SHARE",
-        help="after these shares of the steps, self-training on own masks that fit the tags (ours)",
-    )
+    add("--refine-at", type=float, nargs="*", default=[0.3, 0.6],
+        help="shares of the steps at which own masks that fit the tags become labels (ours)")  # fmt: skip
     add("--blend-weight", type=float, default=0.5, help="weight of the blend loss (ours)")
     add("--t-train", type=int, nargs=2, default=[5, 250], help="range of t in training (ours)")
     add("--t-infer", type=int, nargs=2, default=[5, 80], help="range of t_n at inference (ours)")
