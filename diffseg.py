@@ -122,16 +122,14 @@ def parse_args(argv=None):
     add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
     maps = ["product", "blend", "signed", "norm"]
     add("--map", default="product", choices=maps, help="what makes the lesion map (ours)")
-    add("--refine-at", type=float, nargs="*", default=[0.3, 0.6],
-        help="shares of the steps at which own masks that fit the tags become labels (ours)")  # fmt: skip
+    shares = {"type": float, "nargs": "*", "metavar": "SHARE", "default": [0.3, 0.6]}
+    add("--refine-at", **shares, help="steps at which own masks that fit the tags teach (ours)")
     add("--blend-weight", type=float, default=0.5, help="weight of the blend loss (ours)")
     add("--t-train", type=int, nargs=2, default=[5, 250], help="range of t in training (ours)")
     add("--t-infer", type=int, nargs=2, default=[5, 80], help="range of t_n at inference (ours)")
     add("--outputs", type=positive, default=8, help="N outputs an image, 2 N network calls (ours)")
     add("--crf-rounds", type=positive, default=3, help="K CRF results are averaged (paper)")
-    add(
-        "--crf-outputs", type=positive, default=4, help="H random outputs averaged for each (paper)"
-    )
+    add("--crf-outputs", type=positive, default=4, help="H random outputs for each (paper)")
     add("--sxy-bilateral", type=float, default=5.0, help="CRF: pixels (ours; paper 80)")
     add("--srgb", type=float, default=8.0, help="CRF: grey levels (ours; paper 13)")
     add("--compat-bilateral", type=float, default=1.0, help="CRF: weight (ours; paper 10)")
