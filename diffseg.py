@@ -73,7 +73,7 @@ LESION, HEALTHY, MIXED, UNKNOWN = 0, 1, 2, 3  # tags of a tile; the first two al
 MODEL_FLAGS = ["width", "pair", "size"]  # a checkpoint is only good with its own
 PREDICT_FLAGS = [*MODEL_FLAGS, "map", "t_infer"]  # its threshold too
 RESUME_FLAGS = [*PREDICT_FLAGS, "steps", "lr", "batch_size", "supervision", "t_train", "bf16"]
-RESUME_FLAGS += ["blend_weight", "outputs", "refine_at"]
+RESUME_FLAGS += ["blend_weight", "outputs"]
 CRF_FLAGS = ["sxy_gaussian", "compat_gaussian", "sxy_bilateral", "srgb", "compat_bilateral"]
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 
@@ -120,8 +120,6 @@ def parse_args(argv=None):
     add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
     maps = ["product", "blend", "signed", "norm"]
     add("--map", default="product", choices=maps, help="what makes the lesion map (ours)")
-    shares = {"type": float, "nargs": "*", "metavar": "SHARE", "default": [0.3, 0.6]}
-    add("--refine-at", **shares, help="steps at which own masks that fit the tags teach (ours)")
     add("--blend-weight", type=float, default=0.5, help="weight of the blend loss (ours)")
     add("--t-train", type=int, nargs=2, default=[5, 250], help="range of t in training (ours)")
     add("--t-infer", type=int, nargs=2, default=[5, 80], help="range of t_n at inference (ours)")
@@ -143,10 +141,8 @@ def parse_args(argv=None):
     for name in ("t_train", "t_infer"):
         if not 0 <= getattr(args, name)[0] <= getattr(args, name)[1] < T:
             p.error(f"--{name.replace('_', '-')} needs 0 <= LOW <= HIGH < {T}")
-    if not all(0 < share < 1 for share in args.refine_at):
-        p.error("--refine-at needs shares between 0 and 1")
-    if args.batch_size < 4:
-        p.error("--batch-size must be at least 4: a batch holds implants and whole images")
+    if args.batch_size < 3:
+        p.error("--batch-size must be at least 3: a batch holds implants and whole images")
     if args.width < 16 or args.width % 16:
         p.error(f"--width {args.width} must be a multiple of 16")
     if not args.lr > 0:
@@ -389,15 +385,6 @@ def lesion_scores(net, img, args, kind=None):
 
 
 @torch.no_grad()
-def blend_logits(net, img, args):
-    """Logits (B, 1, H, W) of a lesion's blend weight in images (B, 3, H, W) uint8, one call."""
-    x0 = img.to(args.device).float() / 127.5 - 1
-    t = torch.full((len(x0),), args.t_infer[0], device=x0.device)
-    with autocast(args):
-        return net(add_noise(x0, t, 0 * x0), t, torch.full_like(t, HEALTHY))[:, 3:]
-
-
-@torch.no_grad()
 def unet_scores(net, img, args):
     """N MC-dropout samples of the U-Net's probabilities, (B, 3, H, W) uint8 -> (B, N, H, W)."""
     x = img.to(args.device).float() / 127.5 - 1
@@ -636,17 +623,12 @@ def tag_tiles(masks, n, size, supervision, seed, per_image=48):
         off_centre = ((left + ww / 2) / w - 0.5).abs() + ((top + hh / 2) / h - 0.5).abs()
         tags = torch.where((margin <= w // 50) & (side < 0.35), HEALTHY, UNKNOWN)
         return windows, torch.where((off_centre < 0.15) & (side < 0.35), LESION, tags)
-    share = lesion_share(consensus(masks), windows)
+    total = F.pad(consensus(masks)[:, 0].double().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    i, right, low = torch.arange(n)[:, None], left + ww, top + hh
+    inside = total[i, low, right] - total[i, top, right] - total[i, low, left]
+    share = (inside + total[i, top, left]) / (ww * hh)
     tags = torch.where(share >= 0.9, LESION, MIXED)
     return windows, torch.where(share == 0, HEALTHY, tags)
-
-
-def lesion_share(masks, windows):
-    """Share of lesion pixels of masks (n, 1, H, W) in windows (n, K, 4): (n, K) in [0, 1]."""
-    total = F.pad(masks[:, 0].double().cumsum(1).cumsum(2), (1, 0, 1, 0))  # summed-area table
-    (left, top, w, h), i = windows.unbind(2), torch.arange(len(masks))[:, None]
-    inside = total[i, top + h, left + w] - total[i, top, left + w] - total[i, top + h, left]
-    return (inside + total[i, top, left]) / (w * h)
 
 
 def boxes(windows, size):
@@ -672,33 +654,6 @@ class Tiles:
                 tag_map[i, y] = boxes(self.windows[i][self.tags[i] == y], big).any(0)
         tag_map[:, LESION] *= 1 - tag_map[:, HEALTHY]  # a lesion tile may be 10 % healthy
         self.images, self.tag_map = train.images.to(args.device), tag_map.to(args.device)
-
-    def refine(self, net, args):
-        """Self-training: complete the tag maps by the masks that net draws, one of each image.
-
-        A mask's level is the one that contradicts the image's own tags least, (Eq. 9, ours).
-        """
-        levels = torch.linspace(-5, 5, 41)  # logits of the blend weight
-        for i in torch.arange(len(self.images)).split(64):
-            small = F.avg_pool2d(self.images[i.to(self.images.device)].float(), 2)
-            z = blend_logits(net, small, args).cpu()
-            z = F.interpolate(z, scale_factor=2, mode="bilinear")  # (B, 1, 2H, 2W)
-            windows, tags = self.windows[i], self.tags[i]
-            wrong = []
-            for level in levels:
-                share = lesion_share(z > level, windows)  # (B, K)
-                miss = torch.where(tags == HEALTHY, share, (0.9 - share).clamp(min=0))
-                mixed = (share - 0.9).clamp(min=0) + 0.3 * (share == 0)
-                miss = torch.where(tags == MIXED, mixed, miss) * (tags != UNKNOWN)
-                wrong.append(miss.sum(1))
-            wrong = torch.stack(wrong)  # (levels, B)
-            best = (wrong <= wrong.amin(0) + 1e-6).float()
-            level = (best * levels[:, None]).sum(0) / best.sum(0)  # the middle of equally good ones
-            mask = z > level[:, None, None, None]
-            here = i.to(self.images.device)
-            known = self.tag_map[here] > 0  # tags stand
-            mask = (mask.to(known.device) | known[:, :1]) & ~known[:, 1:]
-            self.tag_map[here] = torch.cat([mask, ~mask], 1).to(torch.uint8)
 
     def draw(self, tag, i, k):
         """Random windows (B, k, 4) of that tag in images i (B,); whether they have any, (B,)."""
@@ -758,7 +713,7 @@ class Tiles:
 def diffseg_loss(net, tiles, args):
     """The loss of one batch: reconstructions of x0 and, for y = healthy, the blend weight."""
     b = args.batch_size
-    n_pairs = b // 4
+    n_pairs = b // 3
     implanted, healthy, blob = tiles.implant(n_pairs)
     whole, tags = tiles.whole(b - n_pairs)
     x, counterpart = torch.cat([implanted, whole]), torch.cat([healthy, whole])
@@ -837,20 +792,18 @@ def load_checkpoint(path, kind, args, fixed):
     return state
 
 
-def train(kind, loss_function, val, args, folder, refine=None):
+def train(kind, loss_function, val, args, folder):
     """Train one network, the loop of both stages: returns (best EMA network, calibration, seconds).
 
-    kind: "diffseg" or "unet". loss_function(net) draws a batch and returns its loss; refine(net) is
-    called with the EMA network at the steps --refine-at. val, the validation split, chooses
-    checkpoint and threshold. last_*.pt holds all that --resume needs.
+    kind: "diffseg" or "unet". loss_function(net) draws a batch and returns its loss; val, the
+    validation split, chooses checkpoint and threshold. last_*.pt holds all that --resume needs.
     """
     torch.manual_seed(args.seed)
     net = build(kind, args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
     last, best, step, best_dice = folder / f"last_{kind}.pt", folder / f"best_{kind}.pt", 0, -1.0
-    smooth, seconds, log, teacher = None, 0.0, [], None  # teacher: the network of the last refine
-    refine_at = [round(share * args.steps) for share in args.refine_at] if refine else []
+    smooth, seconds, log = None, 0.0, []
     if args.resume and last.exists():
         state = load_checkpoint(last, kind, args, RESUME_FLAGS)
         for part, name in ((net, "net"), (ema, "ema"), (opt, "opt")):
@@ -858,8 +811,6 @@ def train(kind, loss_function, val, args, folder, refine=None):
         step, best_dice, smooth, seconds, log = (
             state[k] for k in ("step", "best", "smooth", "seconds", "log")
         )
-        if teacher := state["teacher"]:
-            refine(load_weights(kind, teacher, args))
         torch.set_rng_state(state["rng"])
         if args.device.startswith("cuda"):
             torch.cuda.set_rng_state(state["cuda_rng"], args.device)
@@ -869,9 +820,6 @@ def train(kind, loss_function, val, args, folder, refine=None):
     start, b = time.time() - seconds, args.batch_size
     bar = tqdm(desc=f"train {kind}", total=args.steps * b, initial=step * b, unit="img")
     while step < args.steps:
-        if step in refine_at:
-            teacher = copy.deepcopy(ema.state_dict())
-            refine(ema)
         net.train()
         warm, cosine = min(1, (step + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         for group in opt.param_groups:
@@ -907,14 +855,7 @@ def train(kind, loss_function, val, args, folder, refine=None):
             with open(folder / f"log_{kind}.csv", "w", newline="") as file:
                 header = ["step", "loss", "val_dice", "threshold", "spread"]
                 csv.writer(file).writerows([header, *log])
-        state |= {
-            "teacher": teacher,
-            "net": net.state_dict(),
-            "opt": opt.state_dict(),
-            "step": step,
-            "log": log,
-            **rng,
-        }
+        state |= {"net": net.state_dict(), "opt": opt.state_dict(), "step": step, "log": log, **rng}
         save_checkpoint(state | {"best": best_dice, "smooth": smooth, "seconds": seconds}, last)
         if stop:
             bar.close()
@@ -925,17 +866,11 @@ def train(kind, loss_function, val, args, folder, refine=None):
     return *load_network(kind, best, args, MODEL_FLAGS), seconds
 
 
-def load_weights(kind, weights, args):
-    """The network of a stage with those weights, for inference."""
-    net = build(kind, args).eval()
-    net.load_state_dict(weights)
-    return net
-
-
 def load_network(kind, path, args, fixed):
     """The best EMA network of a stage and its calibration, from its checkpoint."""
-    state = load_checkpoint(path, kind, args, fixed)
-    return load_weights(kind, state["ema"], args), state["calibration"]
+    state, net = load_checkpoint(path, kind, args, fixed), build(kind, args).eval()
+    net.load_state_dict(state["ema"])
+    return net, state["calibration"]
 
 
 # ==================================================================================================
@@ -1017,10 +952,7 @@ def run(args):
         if args.compare:
             losses["unet"] = lambda net: unet_loss(net, train_set, args)
         for kind, loss in losses.items():
-            refine = (lambda net: tiles.refine(net, args)) if kind == "diffseg" else None
-            nets[kind], calibration[kind], seconds[kind] = train(
-                kind, loss, val, args, folder, refine
-            )
+            nets[kind], calibration[kind], seconds[kind] = train(kind, loss, val, args, folder)
     rows, masks = evaluate(nets, calibration, test, args)
     figure = folder / "figures" / "panel.png"
     draw_panel(nets["diffseg"], test, rows, masks, args, figure)
