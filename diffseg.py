@@ -128,7 +128,7 @@ def parse_args(argv=None):
     add("--crf-outputs", type=positive, default=4, help="H random outputs for each (paper)")
     add("--sxy-bilateral", type=float, default=5.0, help="CRF: pixels (ours; paper 80)")
     add("--srgb", type=float, default=8.0, help="CRF: grey levels (ours; paper 13)")
-    add("--compat-bilateral", type=float, default=1.0, help="CRF: weight (ours; paper 10)")
+    add("--compat-bilateral", type=float, default=2.0, help="CRF: weight (ours; paper 10)")
     add("--sxy-gaussian", type=float, default=3.0, help="CRF: pixels (paper)")
     add("--compat-gaussian", type=float, default=0.0, help="CRF: weight (ours; paper 3)")
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
