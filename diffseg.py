@@ -97,7 +97,7 @@ def parse_args(argv=None):
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--epochs", type=positive, help="passes over the training set [synthetic 18, others 30]")
+    add("--epochs", type=positive, help="passes over the training set [synthetic 14, others 30]")
     add("--max-steps", type=positive, help="at most this many steps; the schedule fits")
     add("--batch-size", type=positive, default=24, help="images in a training step")
     add("--lr", type=float, default=1e-3, help="peak of AdamW's cosine schedule (ours)")
@@ -134,7 +134,7 @@ def parse_args(argv=None):
     add("--save-every", type=positive, default=200, help="steps between checkpoints")
     args = p.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    args.epochs = args.epochs or (18 if args.data == "synthetic" else 30)
+    args.epochs = args.epochs or (14 if args.data == "synthetic" else 30)
     if args.quick:
         args.max_steps = args.max_steps or 6
         args.outputs, args.batch_size = min(4, args.outputs), min(8, args.batch_size)
