@@ -17,9 +17,9 @@ Commands:
     python diffseg.py --data folder --data-root mine      mine/<train|val|test>/{images,masks}/*
     python diffseg.py --data isic2018 --predict photo.jpg folder       with the trained network
 
-Results: Dice 0.812 (DiffSeg + CRF) against 0.893 (U-Net on all masks) and 0.610 (Otsu), mean of
-    seeds 0 and 1 on 300 test images of an ISIC subset at 64 x 48 px, 868 steps of 24, 8 minutes a
-    network on one CPU core, torch 2.15; commands and records: README.md, docs/results.
+Results: Dice 0.849 (DiffSeg + CRF) against 0.900 (U-Net on all masks) and 0.610 (Otsu), mean of
+    seeds 0 and 1 on 300 test images of an ISIC subset at 64 x 48 px, 1,860 steps of 24, 17 minutes
+    of one CPU core a seed (U-Net: 13), torch 2.15; commands and records: README.md, docs/results.
 
 Deviations from the paper (D) and its code, with reasons:
 D1  One conditional network instead of two: half the memory. `--pair official` trains the two.
