@@ -1,0 +1,489 @@
+"""PEPL: semi-supervised fine-grained classification with CAM-refined pseudo-labels.
+
+Paper: PEPL, https://arxiv.org/abs/2409.03192. The idea in five lines: a few images are labelled;
+the network labels the others itself and learns from the labels it is sure of. First (phase I) as
+they are; later (phase II) a box of one image is pasted into another, and each of the two labels
+weighs as much as the class activation map says of its object is still to be seen, so that the
+label of the mix keeps the detail on which fine-grained classes differ.
+
+    image a --weak--> EMA net --> label a, map S_a --+-- box of b into a --strong--> net --> Q
+    image b --weak--> EMA net --> label b, map S_b --+-- rho_a, rho_b: share of S that is visible
+                         |
+                         +--> confidence >= tau_t(c)?      loss = rho_a CE(Q, a) + rho_b CE(Q, b)
+
+Commands:
+    python pepl.py                                        synthetic birds on a CPU, minutes
+    python pepl.py --data folder --data-root mine         mine/<train|test>/<class>/*
+    python pepl.py --data cub200 --arch resnet50 --pretrained --method pepl      (downloads; a GPU)
+    python pepl.py --data folder --data-root mine --predict photo.jpg holiday/   (after training)
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import io
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from tqdm import tqdm
+
+from data import IMAGE_SUFFIXES, DataError, label_split, load_classification, parse_size, read_image
+
+# Equations are tagged G where the paper or its code gives them, O where they are ours.
+DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", "pets"]
+METHODS = ["supervised", "fixmatch", "freematch", "pepl"]
+
+# ==================================================================================================
+# 1. Command line
+# ==================================================================================================
+
+
+def parse_args(argv=None):
+    """Parse and check the command line; the defaults reproduce the results table."""
+    p = argparse.ArgumentParser(
+        description="PEPL: semi-supervised fine-grained classification",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    add("--data", default="synthetic", choices=DATA_SETS, help="data set")
+    add("--data-root", default="data", help="folder that holds, or will receive, the data set")
+    add("--labels", type=float, default=0.1, help="share of the training images that is labelled")
+    add("--labels-per-class", type=int, help="instead of --labels: labelled images of each class")
+    three = ["supervised", "freematch", "pepl"]
+    add("--method", nargs="+", default=three, choices=METHODS, help="train and compare these")
+    add("--ablate", action="store_true", help="train and compare all four methods")
+    add("--arch", default="tiny", help="tiny or a torchvision ResNet, such as resnet50 (paper)")
+    add("--pretrained", action="store_true", help="ImageNet weights (paper); not for tiny")
+    add("--size", type=parse_size, help="network input; tiny 48, others 448 (ours)")
+    add("--epochs", type=int, default=60, help="passes over the training set, both streams")
+    add("--max-steps", type=int, help="at most this many steps; the schedule fits")
+    add("--batch-size", type=int, default=32, help="labelled images in a step")
+    add("--mu", type=int, default=3, help="unlabelled images in a step, times --batch-size")
+    add("--lr", type=float, help="of the head, SGD, cosine; tiny 0.05, others 0.01 (ours)")
+    add("--lr-backbone", type=float, help="--lr; with --pretrained a tenth of it (ours)")
+    add("--weight-decay", type=float, default=5e-4, help="of SGD (ours)")
+    add("--beta", type=float, default=0.999, help="EMA of the thresholds (paper)")
+    add("--tau", type=float, default=0.95, help="FixMatch's fixed threshold")
+    add("--lambda-u", type=float, default=1.0, help="weight of the unlabelled loss (ours)")
+    add("--gamma", type=float, default=1.0, help="weight of the labelled loss (ours)")
+    add("--alpha", type=float, default=5.0, help="boxes: lambda ~ Beta(alpha, alpha) (ours)")
+    add("--mix-start", type=float, default=0.3, help="phase II begins after this share of steps")
+    add("--mix-share", type=float, default=0.5, help="share of images mixed in phase II (ours)")
+    add("--mix-labelled", default="none", choices=["none", "pepl", "all"],
+        help="which methods also mix their labelled images")  # fmt: skip
+    add("--ema", type=float, default=0.995, help="decay of the EMA network (ours)")
+    add("--seed", type=int, default=0, help="seed of label split, weights and batches")
+    add("--seeds", type=int, nargs="+", help="several seeds: their mean and deviation")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--amp", default="auto", choices=["auto", "on", "off"], help="bf16 autocast")
+    add("--compile", action="store_true", help="torch.compile the network in training")
+    add("--num-workers", type=int, default=8, help="threads that decode images, first run only")
+    add("--out", default="out", help="results go to OUT/pepl/DATA/seedK")
+    add("--resume", action="store_true", help="go on from the last checkpoints, exactly")
+    add("--eval-only", action="store_true", help="no training: evaluate the last checkpoints")
+    add("--checkpoint", help="file for --eval-only and --predict [last.pt of the last --method]")
+    add("--predict", nargs="+", metavar="PATH", help="classify these images or folders of images")
+    add("--validate", action="store_true", help="for choosing flags: a fifth of train is the test")
+    add("--save-every", type=int, default=100, help="steps between checkpoints and log lines")
+    add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
+    args = p.parse_args(argv)
+    args.method = METHODS if args.ablate else list(dict.fromkeys(args.method))
+    args.seeds = args.seeds or [args.seed]
+    args.size = args.size or ((48, 48) if args.arch == "tiny" else (448, 448))
+    args.lr = args.lr or (0.05 if args.arch == "tiny" else 0.01)
+    args.lr_backbone = args.lr_backbone or (0.1 * args.lr if args.pretrained else args.lr)
+    if args.quick:
+        args.max_steps, args.batch_size = args.max_steps or 6, min(8, args.batch_size)
+    for name in ("epochs", "batch_size", "mu", "save_every", "max_steps", "labels_per_class"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("beta", "tau", "mix_start", "mix_share", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            p.error(f"--{name.replace('_', '-')} must be within 0 and 1")
+    if not 0 < args.labels <= 1:
+        p.error(f"--labels {args.labels} is a share: above 0, at most 1 (or --labels-per-class N)")
+    if min(args.lr, args.lr_backbone, args.alpha) <= 0:
+        p.error("--lr, --lr-backbone and --alpha must be positive")
+    if args.arch != "tiny" and args.arch not in torchvision.models.list_models(include="*res*net*"):
+        p.error(f"--arch {args.arch} is neither tiny nor a ResNet of torchvision")
+    if args.arch == "tiny" and args.pretrained:
+        p.error("--pretrained: there are no ImageNet weights for tiny; take --arch resnet50")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        p.error(f"--device {args.device} is not usable here; take --device cpu")
+    bf16_auto = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
+    args.bf16 = args.amp == "on" or (args.amp == "auto" and bf16_auto)
+    return args
+
+
+# ==================================================================================================
+# 2. The method's mathematics: pure functions on tensors
+# ==================================================================================================
+
+
+def cam(features, weight, y, size):
+    """Class activation maps of classes y (B,): features (B, K, h, w), weight (C, K) -> (B, H, W)."""
+    maps = torch.einsum("bkhw,bk->bhw", F.relu(features.float()), weight[y].float())  # Eq. 1 [G]
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def percent_map(maps):
+    """Semantic percent map S of maps (B, H, W): not negative, each image's sum is 1."""
+    maps = maps - maps.amin((1, 2), keepdim=True) + 1e-12  # a constant map becomes uniform
+    return maps / maps.sum((1, 2), keepdim=True)  # Eq. 2 [G]
+
+
+def update_thresholds(tau, p, q, beta):
+    """One step of the global threshold tau () and the class expectation p (C,), from q (B, C)."""
+    tau = beta * tau + (1 - beta) * q.amax(1).mean()  # Eq. 3 [G]
+    return tau, beta * p + (1 - beta) * q.mean(0)  # Eq. 4 [G]
+
+
+def class_thresholds(tau, p):
+    """The threshold of each class, (C,): the best learned class has the global one."""
+    return tau * p / p.max()  # Eq. 5 [G]
+
+
+def random_boxes(b, size, alpha):
+    """b boxes (b, 4) = left, top, right, bottom in whole pixels, clipped: maybe empty."""
+    lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))
+    side = torch.tensor([size[1], size[0]])  # (W, H)
+    half, centre = (1 - lam).sqrt() * side / 2, torch.rand(b, 2) * side  # Eq. 6 [G]
+    boxes = torch.cat([centre - half, centre + half], 1).round().long()
+    return boxes.clamp(min=0).minimum(side.repeat(2))
+
+
+def box_mask(boxes, size):
+    """Pixels inside boxes (B, 4): (B, H, W) bool."""
+    y, x = (torch.arange(n, device=boxes.device) for n in size)
+    left, top, right, bottom = boxes[..., None, None].unbind(1)  # (B, 1, 1) each
+    y = y[:, None]
+    return (x >= left) & (x < right) & (y >= top) & (y < bottom)
+
+
+def semantic_mix(x, maps, partner, box1, box2):
+    """Paste box2 of the partner's image, resized, into box1 of each image.
+
+    x (B, 3, H, W), percent maps (B, H, W), partner (B,) int64, boxes (B, 4) in pixels. Returns the
+    mix, rho_a and rho_b (B,): how much of either object is visible. They need not sum to one.
+    """
+    (h, w), inside = x.shape[2:], box_mask(box1, x.shape[2:])
+    y, xs = torch.arange(h, device=x.device) + 0.5, torch.arange(w, device=x.device) + 0.5
+    (l1, t1, r1, b1), (l2, t2, r2, b2) = (box.float().unbind(1) for box in (box1, box2))
+    xs = l2[:, None] + (xs - l1[:, None]) * ((r2 - l2) / (r1 - l1).clamp(min=1))[:, None]  # (B, W)
+    y = t2[:, None] + (y - t1[:, None]) * ((b2 - t2) / (b1 - t1).clamp(min=1))[:, None]  # (B, H)
+    xs, y = (2 * xs / w - 1)[:, None].expand(-1, h, -1), (2 * y / h - 1)[:, :, None]
+    grid = torch.stack([xs, y.expand(-1, -1, w)], 3)  # (B, H, W, 2)
+    pasted = F.grid_sample(x[partner], grid, padding_mode="border", align_corners=False)
+    inside2 = box_mask(box2, (h, w))
+    valid = (inside.any(2).any(1) & inside2.any(2).any(1))[:, None, None]  # neither box is empty
+    inside, inside2 = inside & valid, inside2 & valid
+    rho_a, rho_b = 1 - (maps * inside).sum((1, 2)), (maps[partner] * inside2).sum((1, 2))  # Eq. 6
+    return torch.where(inside[:, None], pasted, x), rho_a, rho_b
+
+
+def hybrid_loss(logits, y_a, y_b, rho_a, rho_b, keep):
+    """Hybrid semantic pseudo-label loss of logits (B, C); y, rho, keep (B,). Returns a scalar.
+
+    Not kept images count as 0 in the mean, as in FixMatch. rho = (1, 0) is plain pseudo-labelling.
+    """
+    loss = rho_a * F.cross_entropy(logits, y_a, reduction="none")
+    loss = loss + rho_b * F.cross_entropy(logits, y_b, reduction="none")
+    return (keep * loss).mean()  # Eq. 7 [G]
+
+
+# ==================================================================================================
+# 3. Augmentation: whole batches on the device, each image with its own random numbers
+# ==================================================================================================
+
+
+def uniform(b, n, device):
+    """Random (n, b, 1, 1, 1) in [-1, 1], drawn on the CPU: a resumed run repeats it anywhere."""
+    return (2 * torch.rand(n, b, 1, 1, 1) - 1).to(device)
+
+
+def warp(x, rows, size):
+    """Sample x (B, 3, H, W) by the six affine coefficients rows, each (B, 1, 1, 1) or a number."""
+    theta = torch.stack([torch.as_tensor(r, device=x.device).expand(len(x), 1, 1, 1) for r in rows])
+    grid = F.affine_grid(theta.view(6, -1).T.view(-1, 2, 3), (len(x), 3, *size), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def weak_augment(images, size):
+    """Random crop, scale and flip: uint8 (B, 3, H0, W0) -> float (B, 3, H, W) in [0, 1]."""
+    z = uniform(len(images), 4, images.device)
+    x = images.float() / 255
+    part = size[0] / x.shape[2] * (1 - 0.1 * z[3].abs())  # of the image's side, at most 7/8
+    flip = torch.where(z[0] < 0, -part, part)
+    return warp(x, [flip, 0.0, z[1] * (1 - part), 0.0, part, z[2] * (1 - part)], size)
+
+
+def strong_augment(x):
+    """RandAugment-like: affine, colour, blur and cutout, each on a random half of the images.
+
+    x float (B, 3, H, W) in [0, 1] -> the same.
+    """
+    b, _, h, w = x.shape
+    z, on = uniform(b, 12, x.device), uniform(b, 6, x.device) > 0
+    turn, scale = 0.4 * z[0], torch.exp(0.2 * z[1])
+    cos, sin, shear = turn.cos() * scale, turn.sin() * scale, 0.2 * z[2]
+    x = warp(x, [cos, shear - sin, 0.2 * z[3], sin, cos, 0.2 * z[4]], (h, w))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = torch.where(on[0], mean + (x - mean) * (1 + 0.5 * z[5]) + 0.2 * z[6], x)  # contrast, light
+    grey = x.mean(1, keepdim=True)
+    x = torch.where(on[1], grey + (x - grey) * (1 + 0.5 * z[7]), x).clamp(0, 1)  # saturation
+    levels = (10 + 6 * z[8]).round()
+    x = torch.where(on[2], (x * levels).round() / levels, x)  # posterise
+    blur = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    x = torch.where(on[3], (x + z[9] * (x - blur)).clamp(0, 1), x)  # sharpen or blur
+    y = torch.linspace(-1, 1, h, device=x.device)[:, None]
+    hole = ((torch.linspace(-1, 1, w, device=x.device) - z[10]).abs() < 0.35) & ((y - z[11]).abs() < 0.35)
+    return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout
+
+
+# ==================================================================================================
+# 4. Model
+# ==================================================================================================
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with batch norm and a skip."""
+
+    def __init__(self, c_in, c_out, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(c_out), nn.BatchNorm2d(c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1, stride) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(self.skip(x) + h)
+
+
+class Classifier(nn.Module):
+    """Backbone, global average pooling and one linear layer, as CAMs need it.
+
+    x (B, 3, H, W) in [0, 1] -> logits (B, C) float32 and features (B, K, h, w).
+    """
+
+    def __init__(self, arch, n_classes, pretrained=False):
+        super().__init__()
+        if arch == "tiny":  # features of a quarter of the input's side
+            stem = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+            blocks = [Residual(32, 32), Residual(32, 64, stride=2), Residual(64, 128)]
+            self.backbone, width = nn.Sequential(*stem, *blocks), 128
+        else:
+            try:
+                net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
+            except Exception as error:  # of urllib, of the hash check, of the file: all kinds
+                why = f"{arch}: ImageNet weights could not be loaded ({error})"
+                raise DataError(f"{why}; check the network or leave --pretrained out") from error
+            self.backbone, width = nn.Sequential(*list(net.children())[:-2]), net.fc.in_features
+        self.head = nn.Linear(width, n_classes)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, x):
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        features = self.backbone(x)  # (B, K, h, w)
+        return self.head(features.mean((2, 3))).float(), features
+
+
+# ==================================================================================================
+# 5. Inference
+# ==================================================================================================
+
+
+def autocast(args):
+    """bf16 autocast on the run's device where --amp says so."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
+
+
+@torch.no_grad()
+def classify(net, images, args, y=None, batch=128):
+    """Centre crops of uint8 images (N, 3, H0, W0): probabilities (N, C), and maps (N, H, W).
+
+    The maps are the CAMs of classes y (N,), by default of the predicted ones; all on the CPU.
+    """
+    net.eval()
+    probs, maps = [], []
+    for i in range(0, len(images), batch):
+        x = images[i : i + batch].to(args.device)
+        top, left = ((x.shape[k] - args.size[k - 2]) // 2 for k in (2, 3))
+        x = x[:, :, top : top + args.size[0], left : left + args.size[1]].float() / 255
+        with autocast(args):
+            logits, features = net(x)
+        target = logits.argmax(1) if y is None else y[i : i + batch].to(args.device)
+        probs.append(logits.softmax(1).cpu())
+        maps.append(cam(features, net.head.weight, target, args.size).cpu())
+    return torch.cat(probs), torch.cat(maps)
+
+
+# ==================================================================================================
+# 6. Evaluation and figures
+# ==================================================================================================
+
+
+def accuracy(probs, labels):
+    """Share of rows of probs (N, C) whose largest entry is at labels (N,)."""
+    return (probs.argmax(1) == labels).float().mean().item()
+
+
+# ==================================================================================================
+# 7. Training
+# ==================================================================================================
+
+
+def save_checkpoint(state, path):
+    """Write state to path so that either the old file or the whole new one is there, never half."""
+    buffer, temp = io.BytesIO(), path.with_suffix(".tmp")
+    torch.save(state, buffer)
+    try:
+        temp.write_bytes(buffer.getbuffer())
+        os.replace(temp, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+        raise DataError(
+            f"cannot write {path} ({error.strerror}); older files are intact"
+        ) from error
+
+
+def load_checkpoint(path, args, fixed=("arch", "size")):
+    """Read a checkpoint, trained with the flags `fixed` as they are now.
+
+    Raises DataError if it is missing, broken, another script's or trained with other flags.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"no checkpoint {path}: train first, or name one by --checkpoint") from None
+    except Exception as error:  # torch and zipfile raise all kinds
+        raise DataError(f"{path} is not a readable checkpoint; train again") from error
+    if not isinstance(state, dict) or state.get("script") != "pepl":
+        raise DataError(f"{path} is a checkpoint of something else, not of pepl.py")
+    for name in fixed:
+        was, now = state["args"][name], getattr(args, name)
+        if was != (list(now) if isinstance(now, tuple) else now):
+            raise DataError(f"{path}: --{name.replace('_', '-')} was {was}, now {now}; keep it")
+    return state
+
+
+def train(method, train_set, labelled, unlabelled, args, folder):
+    """Train one method, the loop of all four: returns (EMA network, log rows, seconds).
+
+    labelled, unlabelled: indices into train_set. Nothing is selected: the last EMA weights count.
+    """
+    torch.manual_seed(args.seed)
+    device, n_classes = args.device, len(train_set.classes)
+    net = Classifier(args.arch, n_classes, args.pretrained)
+    net = net.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    groups = [{"params": net.backbone.parameters(), "peak": args.lr_backbone}]
+    groups.append({"params": net.head.parameters(), "peak": args.lr})
+    opt = torch.optim.SGD(groups, args.lr, 0.9, weight_decay=args.weight_decay, nesterov=True)
+    images, labels = train_set.images.to(device), train_set.labels.to(device)
+    tau, p = torch.tensor(1 / n_classes), torch.full((n_classes,), 1 / n_classes)
+    tau, p = tau.to(device), p.to(device)
+    watched = unlabelled[:: max(1, len(unlabelled) // 512)]  # pseudo-labels logged of these
+    last, log_file = folder / "last.pt", folder / "log.csv"
+    step, seconds, log, smooth = 0, 0.0, [], None
+    b = args.batch_size
+    mix_start = args.mix_start * args.steps
+    forward = torch.compile(net) if args.compile else net
+    start = time.time() - seconds
+    bar = tqdm(total=args.steps, initial=step, desc=f"train {method}", smoothing=0.05)
+    while step < args.steps:
+        net.train()
+        warm, cosine = min(1, (step + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+        for group in opt.param_groups:
+            group["lr"] = group["peak"] * warm * cosine
+        i = labelled[torch.randint(len(labelled), (b,))].to(device)
+        x_l, y_l = weak_augment(images[i], args.size), labels[i]
+        partner_l, rho_l = torch.arange(b, device=device), (torch.ones(b, device=device), torch.zeros(b, device=device))
+        mixing = step >= mix_start
+        if mixing and (args.mix_labelled == "all" or args.mix_labelled == method):
+            with torch.no_grad(), autocast(args):
+                _, features = ema(x_l)
+            x_l, partner_l, *rho_l = mix_batch(x_l, features, ema, y_l, torch.ones_like(y_l, dtype=torch.bool), args)
+        x = [strong_augment(x_l) if args.strong_l else x_l]
+        if method != "supervised":
+            u = unlabelled[torch.randint(len(unlabelled), (args.mu * b,))].to(device)
+            x_w = weak_augment(images[u], args.size)
+            with torch.no_grad(), autocast(args):
+                logits_w, features = ema(x_w)
+            q = logits_w.softmax(1)
+            confidence, y_u = q.max(1)  # (mu B,)
+            tau, p = update_thresholds(tau, p, q, args.beta)
+            keep = confidence >= (args.tau if method == "fixmatch" else class_thresholds(tau, p)[y_u])
+            if method == "pepl" and mixing:
+                x_w, partner, *rho = mix_batch(x_w, features, ema, y_u, keep, args)
+            else:
+                n = len(y_u)
+                partner, rho = torch.arange(n, device=device), (torch.ones(n, device=device), torch.zeros(n, device=device))
+            x.append(strong_augment(x_w))
+        with autocast(args):
+            logits, _ = forward(torch.cat(x))
+        loss = args.gamma * hybrid_loss(logits[:b], y_l, y_l[partner_l], *rho_l, torch.ones_like(y_l))
+        if method != "supervised":
+            loss = loss + args.lambda_u * hybrid_loss(logits[b:], y_u, y_u[partner], *rho, keep)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DataError(f"loss is {value} at step {step}: try a third of --lr or --amp off")
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        step += 1
+        with torch.no_grad():
+            decay = min(args.ema, step / (step + 10))  # short memory first: the start is forgotten
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+            for old, new in zip(ema.buffers(), net.buffers(), strict=True):
+                old.copy_(new)
+        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+        bar.update()
+        bar.set_postfix(loss=f"{smooth:.3f}")
+        if step % args.save_every == 0 or step == args.steps:
+            probs, _ = classify(ema, train_set.images[watched], args)
+            confidence, guess = probs.max(1)
+            th = torch.tensor(args.tau) if method in ("supervised", "fixmatch") else class_thresholds(tau, p).cpu()[guess]
+            kept, right = confidence >= th, guess == train_set.labels[watched]
+            log.append([step, smooth, right.float().mean().item(), kept.float().mean().item(), right[kept].float().mean().item(), float(tau)])
+            if args.dev is not None:
+                v = accuracy(classify(ema, args.dev.images, args)[0], args.dev.labels)
+                print(method, step, [round(z, 3) for z in log[-1]], "val", round(v, 4), flush=True)
+    bar.close()
+    return ema, log, time.time() - start
+
+
+def mix_batch(x, features, net, y, keep, args):
+    """Semantic mix of a share of the batch with partners among the kept images."""
+    b, device = len(x), x.device
+    maps = percent_map(cam(features, net.head.weight, y, args.size))
+    kept = keep.nonzero()[:, 0]
+    partner = torch.arange(b, device=device)
+    if len(kept):
+        partner = kept[torch.randint(len(kept), (b,)).to(device)]
+    box1, box2 = (random_boxes(b, args.size, args.alpha).to(device) for _ in range(2))
+    box1[(torch.rand(b) >= args.mix_share).to(device)] = 0
+    mix, rho_a, rho_b = semantic_mix(x, maps, partner, box1, box2)
+    return mix, partner, rho_a, rho_b
