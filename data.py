@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision import datasets
 from tqdm import tqdm
 
 ISIC_URL = os.environ.get("ISIC_URL", "https://isic-challenge-data.s3.amazonaws.com/2018")
@@ -35,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit warns from 89 million 
 EXIF_TURN = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 SPLIT_SEED = 2018  # of the splits drawn for a folder that has none; not the run's seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
-BIRDS_COUNTS = {"train": 2000, "test": 600}
+BIRDS_COUNTS = {"train": 1000, "test": 600}
 
 
 class DataError(ValueError):

@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
@@ -47,6 +48,11 @@ from data import IMAGE_SUFFIXES, DataError, label_split, load_classification, pa
 
 # Equations are tagged G where the paper or its code gives them, O where they are ours.
 DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", "pets"]
+LOG_COLUMNS = ["step", "loss", "pseudo_accuracy", "kept_accuracy", "coverage", "tau"]
+RESUMED = ["steps", "batch_size", "mu", "lr", "labels", "labels_per_class", "mix_start", "bf16"]
+RESNETS = torchvision.models.list_models(
+    torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]
+)
 METHODS = ["supervised", "fixmatch", "freematch", "pepl"]
 
 # ==================================================================================================
@@ -60,7 +66,7 @@ def parse_args(argv=None):
         description="PEPL: semi-supervised fine-grained classification",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    add = p.add_argument
     add("--data", default="synthetic", choices=DATA_SETS, help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--labels", type=float, default=0.1, help="share of the training images that is labelled")
@@ -120,7 +126,7 @@ def parse_args(argv=None):
         p.error(f"--labels {args.labels} is a share: above 0, at most 1 (or --labels-per-class N)")
     if min(args.lr, args.lr_backbone, args.alpha) <= 0:
         p.error("--lr, --lr-backbone and --alpha must be positive")
-    if args.arch != "tiny" and args.arch not in torchvision.models.list_models(include="*res*net*"):
+    if args.arch != "tiny" and args.arch not in RESNETS:
         p.error(f"--arch {args.arch} is neither tiny nor a ResNet of torchvision")
     if args.arch == "tiny" and args.pretrained:
         p.error("--pretrained: there are no ImageNet weights for tiny; take --arch resnet50")
@@ -141,7 +147,7 @@ def parse_args(argv=None):
 
 
 def cam(features, weight, y, size):
-    """Class activation maps of classes y (B,): features (B, K, h, w), weight (C, K) -> (B, H, W)."""
+    """Class activation maps (B, H, W) of classes y (B,): features (B, K, h, w), weight (C, K)."""
     maps = torch.einsum("bkhw,bk->bhw", F.relu(features.float()), weight[y].float())  # Eq. 1 [G]
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
@@ -224,7 +230,9 @@ def uniform(b, n, device):
 def warp(x, rows, size):
     """Sample x (B, 3, H, W) by the six affine coefficients rows, each (B, 1, 1, 1) or a number."""
     theta = torch.stack([torch.as_tensor(r, device=x.device).expand(len(x), 1, 1, 1) for r in rows])
-    grid = F.affine_grid(theta.view(6, -1).T.view(-1, 2, 3), (len(x), 3, *size), align_corners=False)
+    grid = F.affine_grid(
+        theta.view(6, -1).T.view(-1, 2, 3), (len(x), 3, *size), align_corners=False
+    )
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -256,7 +264,9 @@ def strong_augment(x):
     blur = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = torch.where(on[3], (x + z[9] * (x - blur)).clamp(0, 1), x)  # sharpen or blur
     y = torch.linspace(-1, 1, h, device=x.device)[:, None]
-    hole = ((torch.linspace(-1, 1, w, device=x.device) - z[10]).abs() < 0.35) & ((y - z[11]).abs() < 0.35)
+    hole = ((torch.linspace(-1, 1, w, device=x.device) - z[10]).abs() < 0.35) & (
+        (y - z[11]).abs() < 0.35
+    )
     return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout
 
 
@@ -319,6 +329,17 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
+def stored_size(args):
+    """Images are kept at 8/7 of the network's input, of which crops are cut."""
+    return tuple(round(n * 8 / 7) for n in args.size)
+
+
+def centre_crop(images, size):
+    """The middle of images (N, 3, H0, W0): (N, 3, H, W)."""
+    top, left = ((n - s) // 2 for n, s in zip(images.shape[2:], size, strict=True))
+    return images[:, :, top : top + size[0], left : left + size[1]]
+
+
 @torch.no_grad()
 def classify(net, images, args, y=None, batch=128):
     """Centre crops of uint8 images (N, 3, H0, W0): probabilities (N, C), and maps (N, H, W).
@@ -328,15 +349,43 @@ def classify(net, images, args, y=None, batch=128):
     net.eval()
     probs, maps = [], []
     for i in range(0, len(images), batch):
-        x = images[i : i + batch].to(args.device)
-        top, left = ((x.shape[k] - args.size[k - 2]) // 2 for k in (2, 3))
-        x = x[:, :, top : top + args.size[0], left : left + args.size[1]].float() / 255
+        x = centre_crop(images[i : i + batch].to(args.device), args.size).float() / 255
         with autocast(args):
             logits, features = net(x)
         target = logits.argmax(1) if y is None else y[i : i + batch].to(args.device)
         probs.append(logits.softmax(1).cpu())
         maps.append(cam(features, net.head.weight, target, args.size).cpu())
     return torch.cat(probs), torch.cat(maps)
+
+
+def predict(net, classes, args, folder):
+    """Classify --predict files: probabilities.csv and, per image, the CAM laid over it (PNG).
+
+    A file that cannot be read is reported and the others go on; returns the list of those errors.
+    """
+    rows, errors, files = [], [], []
+    for path in map(Path, args.predict):
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [f for f in inside if f == path or f.suffix.lower() in IMAGE_SUFFIXES]
+        files += found
+        if not found:
+            errors.append(f"--predict {path}: no image in this folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, path in enumerate(tqdm(files, "predict", unit="image", disable=None)):
+        try:
+            img = read_image(path)  # uint8 (3, H, W)
+            probs, maps = classify(net, read_image(path, stored_size(args))[None], args)
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        maps = F.interpolate(maps[None], img.shape[1:], mode="bilinear", align_corners=False)
+        Image.fromarray(overlay(img, maps[0, 0])).save(folder / f"{n:04d}_{path.stem}_cam.png")
+        best = probs[0].argmax().item()
+        shares = [f"{x:.6f}" for x in probs[0].tolist()]
+        rows.append([path, f"{n:04d}_{path.stem}_cam.png", classes[best], *shares])
+    with open(folder / "probabilities.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file", "overlay", "prediction", *classes], *rows])
+    return errors
 
 
 # ==================================================================================================
@@ -347,6 +396,108 @@ def classify(net, images, args, y=None, batch=128):
 def accuracy(probs, labels):
     """Share of rows of probs (N, C) whose largest entry is at labels (N,)."""
     return (probs.argmax(1) == labels).float().mean().item()
+
+
+def colour_map(x):
+    """Map x (H, W) in [0, 1] to colours uint8 (H, W, 3), black over violet and orange to white."""
+    stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 200]])
+    x = np.asarray(x, dtype=float).clip(0, 1)
+    channels = [np.interp(x, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def overlay(img, maps):
+    """Lay a map (H, W), scaled to [0, 1], over img uint8 (3, H, W): uint8 (H, W, 3)."""
+    maps = maps - maps.min()
+    colours = colour_map(maps / maps.max().clamp(min=1e-12))
+    return (0.45 * img.permute(1, 2, 0).numpy() + 0.55 * colours).astype(np.uint8)
+
+
+def draw_sheet(columns, path, side=112):
+    """Write a sheet: columns of (caption, picture uint8 (H, W, 3) or None) from top to bottom."""
+    rows = max(map(len, columns))
+    sheet = Image.new("RGB", ((side + 6) * len(columns), (side + 18) * rows), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for c, column in enumerate(columns):
+        for r, (caption, picture) in enumerate(column):
+            x, y = c * (side + 6), r * (side + 18)
+            pen.text((x + 2, y + 1), caption[: side // 6], "black", font=font)
+            if picture is not None:
+                sheet.paste(Image.fromarray(picture).resize((side, side), 0), (x, y + 16))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def draw_cams(net, test, args, path, n=6):
+    """CAMs of test images: n that are classified right and n wrong, evenly spaced in the list."""
+    probs, maps = classify(net, test.images, args)
+    _, true_maps = classify(net, test.images, args, test.labels)
+    guess, columns = probs.argmax(1), []
+    for mark, chosen in (("right", guess == test.labels), ("wrong", guess != test.labels)):
+        for i in chosen.nonzero()[:: max(1, int(chosen.sum()) // n), 0][:n].tolist():
+            img = centre_crop(test.images[i : i + 1], args.size)[0]
+            said, true = test.classes[guess[i]], test.classes[test.labels[i]]
+            column = [(mark, img.permute(1, 2, 0).numpy()), (f"says {said}", overlay(img, maps[i]))]
+            column.append((f"true {true}", overlay(img, true_maps[i]) if mark == "wrong" else None))
+            columns.append(column)
+    draw_sheet(columns, path)
+
+
+def draw_mixes(net, data, args, path, n=3):
+    """What a semantic mix is: image a, its map and box; image b, its map and box; the mix."""
+    g = torch.Generator().manual_seed(args.seed)
+    pick = torch.randperm(len(data), generator=g)[: 2 * n]
+    img = centre_crop(data.images[pick], args.size)
+    probs, maps = classify(net, data.images[pick], args)
+    torch.manual_seed(args.seed + 1)
+    boxes = [random_boxes(len(pick), args.size, args.alpha) for _ in range(2)]
+    partner = torch.arange(len(pick)).roll(n)
+    mix, *rho = semantic_mix(img.float() / 255, percent_map(maps), partner, *boxes)
+    names, columns = [data.classes[k] for k in probs.argmax(1).tolist()], [[] for _ in range(5)]
+    for a, b in enumerate(partner[:n].tolist()):
+        for k, (i, box) in enumerate(((a, boxes[0][a]), (b, boxes[1][a]))):
+            drawn = Image.fromarray(overlay(img[i], maps[i]))
+            ImageDraw.Draw(drawn).rectangle(
+                (box - torch.tensor([0, 0, 1, 1])).tolist(), outline="cyan"
+            )
+            columns[2 * k].append((f"{'ab'[k]}: {names[i]}", img[i].permute(1, 2, 0).numpy()))
+            columns[2 * k + 1].append((f"map and box of {'ab'[k]}", np.asarray(drawn)))
+        mixed = (mix[a] * 255).byte().permute(1, 2, 0).numpy()
+        columns[4].append((f"{rho[0][a]:.2f} a + {rho[1][a]:.2f} b", mixed))
+    draw_sheet(columns, path)
+
+
+def draw_curves(logs, path):
+    """Pseudo-label accuracy and coverage against steps; logs: {method: rows of log.csv}."""
+    titles = ["accuracy of all pseudo-labels", "accuracy of the kept ones", "coverage: share kept"]
+    colours = ["#777777", "#1f77b4", "#e08214", "#c51b3a"]
+    w, h, left, top = 330, 230, 42, 34
+    sheet = Image.new("RGB", (3 * w, h + 46), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    last = max(rows[-1][0] for rows in logs.values())
+    for k, title in enumerate(titles):
+
+        def place(step, value, x0=k * w + left):
+            return x0 + (w - 60) * step / last, top + (h - 60) * (1 - value)
+
+        pen.text(place(0, 1.14), title, "black", font=font)
+        for tick in range(6):
+            pen.line([place(0, tick / 5), place(last, tick / 5)], "#dddddd")
+            pen.text((k * w + 6, place(0, tick / 5)[1] - 7), f"{20 * tick} %", "black", font=font)
+        for tick in range(5):
+            x, y = place(last * tick / 4, 0)
+            pen.text((x - 10, y + 5), str(round(last * tick / 4)), "black", font=font)
+        for method, rows in logs.items():
+            points = [place(row[0], row[2 + k]) for row in rows if row[2 + k] == row[2 + k]]
+            pen.line(points, colours[METHODS.index(method)], 2)
+    for k, method in enumerate(logs):
+        pen.line(
+            [(42 + 130 * k, h + 26), (62 + 130 * k, h + 26)], colours[METHODS.index(method)], 3
+        )
+        pen.text((68 + 130 * k, h + 19), method, "black", font=font)
+    pen.text((3 * w - 120, h + 19), "training steps", "black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
 
 
 # ==================================================================================================
@@ -389,13 +540,30 @@ def load_checkpoint(path, args, fixed=("arch", "size")):
     return state
 
 
+def mix_batch(x, y, keep, features, net, args):
+    """Mix a share of x (B, 3, H, W) with partners whose labels are kept: (mix, y_b, rho_a, rho_b).
+
+    y (B,) labels, keep (B,) bool, features (B, K, h, w) that net gave for x.
+    """
+    b, kept = len(x), keep.nonzero()[:, 0]
+    if not len(kept):
+        return x, y, 1.0, 0.0
+    partner = kept[torch.randint(len(kept), (b,)).to(kept.device)]
+    box1, box2 = (random_boxes(b, args.size, args.alpha) for _ in range(2))
+    box1[torch.rand(b) >= args.mix_share] = 0  # an empty box: not mixed
+    maps = percent_map(cam(features, net.head.weight, y, args.size))
+    mix, rho_a, rho_b = semantic_mix(x, maps, partner, box1.to(x.device), box2.to(x.device))
+    return mix, y[partner], rho_a, rho_b
+
+
 def train(method, train_set, labelled, unlabelled, args, folder):
-    """Train one method, the loop of all four: returns (EMA network, log rows, seconds).
+    """Train one method, the loop of all four: returns (EMA network, rows of log.csv, seconds).
 
     labelled, unlabelled: indices into train_set. Nothing is selected: the last EMA weights count.
+    last.pt holds all that --resume needs.
     """
     torch.manual_seed(args.seed)
-    device, n_classes = args.device, len(train_set.classes)
+    device, b, n_classes = args.device, args.batch_size, len(train_set.classes)
     net = Classifier(args.arch, n_classes, args.pretrained)
     net = net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -403,53 +571,63 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     groups.append({"params": net.head.parameters(), "peak": args.lr})
     opt = torch.optim.SGD(groups, args.lr, 0.9, weight_decay=args.weight_decay, nesterov=True)
     images, labels = train_set.images.to(device), train_set.labels.to(device)
-    tau, p = torch.tensor(1 / n_classes), torch.full((n_classes,), 1 / n_classes)
-    tau, p = tau.to(device), p.to(device)
-    watched = unlabelled[:: max(1, len(unlabelled) // 512)]  # pseudo-labels logged of these
-    last, log_file = folder / "last.pt", folder / "log.csv"
-    step, seconds, log, smooth = 0, 0.0, [], None
-    b = args.batch_size
-    mix_start = args.mix_start * args.steps
+    tau = torch.tensor(1 / n_classes, device=device)  # 1 would reject nearly all for very long
+    p = torch.full((n_classes,), 1 / n_classes, device=device)
+    watched = unlabelled[:: max(1, len(unlabelled) // 512)]  # the log's pseudo-labels are of these
+    last, step, seconds, log, smooth = folder / "last.pt", 0, 0.0, [], None
+    folder.mkdir(parents=True, exist_ok=True)
+    if (args.resume or args.eval_only) and (last.exists() or args.eval_only):
+        state = load_checkpoint(last, args, ("arch", "size", *(() if args.eval_only else RESUMED)))
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        opt.load_state_dict(state["opt"])
+        tau, p = state["tau"].to(device), state["p"].to(device)
+        step, seconds, log, smooth = (state[k] for k in ("step", "seconds", "log", "smooth"))
+        torch.set_rng_state(state["rng"])
     forward = torch.compile(net) if args.compile else net
+    stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     start = time.time() - seconds
     bar = tqdm(total=args.steps, initial=step, desc=f"train {method}", smoothing=0.05)
-    while step < args.steps:
+    while step < args.steps and not args.eval_only:
         net.train()
         warm, cosine = min(1, (step + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         for group in opt.param_groups:
             group["lr"] = group["peak"] * warm * cosine
+        phase_two = step >= args.mix_start * args.steps
+
         i = labelled[torch.randint(len(labelled), (b,))].to(device)
-        x_l, y_l = weak_augment(images[i], args.size), labels[i]
-        partner_l, rho_l = torch.arange(b, device=device), (torch.ones(b, device=device), torch.zeros(b, device=device))
-        mixing = step >= mix_start
-        if mixing and (args.mix_labelled == "all" or args.mix_labelled == method):
+        x_l, y_l = weak_augment(images[i], args.size), labels[i]  # (B, 3, H, W), (B,)
+        y_b, rho_a, rho_b, everyone = y_l, 1.0, 0.0, torch.ones_like(y_l, dtype=torch.bool)
+        if phase_two and args.mix_labelled in ("all", method):
             with torch.no_grad(), autocast(args):
                 _, features = ema(x_l)
-            x_l, partner_l, *rho_l = mix_batch(x_l, features, ema, y_l, torch.ones_like(y_l, dtype=torch.bool), args)
-        x = [strong_augment(x_l) if args.strong_l else x_l]
+            x_l, y_b, rho_a, rho_b = mix_batch(x_l, y_l, everyone, features, ema, args)
+        x, target_l = [strong_augment(x_l)], (y_l, y_b, rho_a, rho_b, everyone)
+
         if method != "supervised":
-            u = unlabelled[torch.randint(len(unlabelled), (args.mu * b,))].to(device)
-            x_w = weak_augment(images[u], args.size)
+            i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,))].to(device)
+            x_w = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
             with torch.no_grad(), autocast(args):
-                logits_w, features = ema(x_w)
-            q = logits_w.softmax(1)
-            confidence, y_u = q.max(1)  # (mu B,)
+                logits, features = ema(x_w)
+            q = logits.softmax(1)  # (mu B, C)
+            confidence, y_u = q.max(1)
             tau, p = update_thresholds(tau, p, q, args.beta)
-            keep = confidence >= (args.tau if method == "fixmatch" else class_thresholds(tau, p)[y_u])
-            if method == "pepl" and mixing:
-                x_w, partner, *rho = mix_batch(x_w, features, ema, y_u, keep, args)
-            else:
-                n = len(y_u)
-                partner, rho = torch.arange(n, device=device), (torch.ones(n, device=device), torch.zeros(n, device=device))
+            fixed = method == "fixmatch"
+            keep = confidence >= (args.tau if fixed else class_thresholds(tau, p)[y_u])
+            y_b, rho_a, rho_b = y_u, 1.0, 0.0  # phase I: the image as it is
+            if phase_two and method == "pepl":
+                x_w, y_b, rho_a, rho_b = mix_batch(x_w, y_u, keep, features, ema, args)
             x.append(strong_augment(x_w))
+
         with autocast(args):
-            logits, _ = forward(torch.cat(x))
-        loss = args.gamma * hybrid_loss(logits[:b], y_l, y_l[partner_l], *rho_l, torch.ones_like(y_l))
+            logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
+        loss = args.gamma * hybrid_loss(logits[:b], *target_l)  # Eq. 8 [G]
         if method != "supervised":
-            loss = loss + args.lambda_u * hybrid_loss(logits[b:], y_u, y_u[partner], *rho, keep)
+            loss = loss + args.lambda_u * hybrid_loss(logits[b:], y_u, y_b, rho_a, rho_b, keep)
         value = loss.item()
         if not math.isfinite(value):
-            raise DataError(f"loss is {value} at step {step}: try a third of --lr or --amp off")
+            raise DataError(f"loss is {value} at step {step}: try a third of --lr, or --amp off")
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -461,29 +639,154 @@ def train(method, train_set, labelled, unlabelled, args, folder):
                 old.copy_(new)
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.update()
-        bar.set_postfix(loss=f"{smooth:.3f}")
+        bar.set_postfix(loss=f"{smooth:.3f}", images_per_s=round(bar.format_dict["rate"] or 0) * b)
+        if step % args.save_every and step < args.steps and not stop:
+            continue
         if step % args.save_every == 0 or step == args.steps:
             probs, _ = classify(ema, train_set.images[watched], args)
             confidence, guess = probs.max(1)
-            th = torch.tensor(args.tau) if method in ("supervised", "fixmatch") else class_thresholds(tau, p).cpu()[guess]
-            kept, right = confidence >= th, guess == train_set.labels[watched]
-            log.append([step, smooth, right.float().mean().item(), kept.float().mean().item(), right[kept].float().mean().item(), float(tau)])
-            if args.dev is not None:
-                v = accuracy(classify(ema, args.dev.images, args)[0], args.dev.labels)
-                print(method, step, [round(z, 3) for z in log[-1]], "val", round(v, 4), flush=True)
+            adaptive = method in ("freematch", "pepl")
+            kept = confidence >= (class_thresholds(tau, p).cpu()[guess] if adaptive else args.tau)
+            right = (guess == train_set.labels[watched]).float()  # of no influence on the training
+            row = [right.mean(), right[kept].mean(), kept.float().mean(), tau]
+            log.append([step, smooth, *(x.item() for x in row)])
+            with open(folder / "log.csv", "w", newline="") as file:
+                csv.writer(file).writerows([LOG_COLUMNS, *log])
+        seconds = time.time() - start
+        save_checkpoint({
+            "script": "pepl", "net": net.state_dict(), "ema": ema.state_dict(), "tau": tau, "p": p,
+            "opt": opt.state_dict(), "step": step, "rng": torch.get_rng_state(), "log": log,
+            "smooth": smooth, "seconds": seconds, "classes": train_set.classes,
+            "args": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()},
+        }, last)  # fmt: skip
+        if stop:
+            bar.close()
+            print(f"stopped at step {step}; add --resume to go on", file=sys.stderr)
+            raise SystemExit(130)
     bar.close()
-    return ema, log, time.time() - start
+    signal.signal(signal.SIGINT, handler)
+    return ema, log, seconds
 
 
-def mix_batch(x, features, net, y, keep, args):
-    """Semantic mix of a share of the batch with partners among the kept images."""
-    b, device = len(x), x.device
-    maps = percent_map(cam(features, net.head.weight, y, args.size))
-    kept = keep.nonzero()[:, 0]
-    partner = torch.arange(b, device=device)
-    if len(kept):
-        partner = kept[torch.randint(len(kept), (b,)).to(device)]
-    box1, box2 = (random_boxes(b, args.size, args.alpha).to(device) for _ in range(2))
-    box1[(torch.rand(b) >= args.mix_share).to(device)] = 0
-    mix, rho_a, rho_b = semantic_mix(x, maps, partner, box1, box2)
-    return mix, partner, rho_a, rho_b
+# ==================================================================================================
+# 8. Main
+# ==================================================================================================
+
+
+def subset(data, indices):
+    """The images of a ClassificationSet at indices (N,)."""
+    ids = [data.ids[i] for i in indices]
+    return replace(data, ids=ids, images=data.images[indices], labels=data.labels[indices])
+
+
+def run_seed(args, seed, folder):
+    """Train and evaluate all methods of one seed: ({method: accuracy}, {method: log}, result)."""
+    args.seed = seed
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = 64 if args.quick else None
+
+    def load(split):
+        return load_classification(
+            args.data, args.data_root, split, stored_size(args), limit, args.num_workers
+        )
+
+    train_set = load("train")
+    if args.validate:
+        held_out, rest = label_split(train_set.labels, 0.2, seed=2018)
+        test, train_set = (subset(train_set, i) for i in (held_out, rest))
+    else:
+        test = load("test")
+    labelled, unlabelled = label_split(train_set.labels, args.labels, args.labels_per_class, seed)
+    if not len(unlabelled) and args.method != ["supervised"]:
+        raise DataError("every training image is labelled: lower --labels or --method supervised")
+    args.steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * (1 + args.mu)))
+    args.steps = min(args.steps, args.max_steps or args.steps)
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    split = {k: [train_set.ids[i] for i in v] for k, v in
+             (("labelled", labelled), ("unlabelled", unlabelled))}  # fmt: skip
+    (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n")
+    rows, logs, seconds = {}, {}, {}
+    for method in args.method:
+        net, logs[method], seconds[method] = train(
+            method, train_set, labelled, unlabelled, args, folder / method
+        )
+        rows[method] = accuracy(classify(net, test.images, args)[0], test.labels)
+        draw_cams(net, test, args, folder / "figures" / f"cams_{method}.png")
+    draw_mixes(net, subset(train_set, unlabelled), args, folder / "figures" / "mix.png")
+    draw_curves(logs, folder / "figures" / "curves.png")
+    record = {"split": test.split, "n_images": len(test), "n_labelled": len(labelled),
+              "n_train": len(train_set), "steps": args.steps, "seconds": seconds}  # fmt: skip
+    return rows, record
+
+
+def run(args):
+    """All seeds, or --predict; prints the table and writes result.json; returns the exit status."""
+    base = Path(args.out) / "pepl" / args.data
+    if args.predict:
+        folder = base / f"seed{args.seeds[0]}"
+        state = load_checkpoint(args.checkpoint or folder / args.method[-1] / "last.pt", args)
+        net = Classifier(args.arch, len(state["classes"])).to(args.device)
+        net.load_state_dict(state["ema"])
+        errors = predict(net, state["classes"], args, folder / "predictions")
+        print(f"predictions in {folder / 'predictions'}")
+        for error in errors:
+            print(f"pepl.py: error: {error}", file=sys.stderr)
+        return 2 if errors else 0
+    commit, per_seed = "", []
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()  # fmt: skip
+    for seed in args.seeds:
+        rows, record = run_seed(args, seed, base / f"seed{seed}")
+        per_seed.append(rows)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB of main memory
+        if args.device.startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        table = {}
+        for method in rows:
+            values = np.array([r[method] for r in per_seed])
+            table[method] = {
+                "accuracy": {"mean": values.mean(), "std": values.std(), "seeds": values.tolist()}
+            }
+        result = {"method": "pepl", "data": args.data} | record | {
+            "seeds": args.seeds[: len(per_seed)], "device": args.device,
+            "peak_memory_mib": round(peak), "torch": torch.__version__, "git": commit or None,
+            "command": " ".join(["python pepl.py", *args.argv]), "rows": table,
+        }  # fmt: skip
+        (base / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{'':12}{'accuracy':>10}{'std':>8}   each seed")
+    for method, row in table.items():
+        row = row["accuracy"]
+        print(
+            f"{method:12}{row['mean']:10.3f}{row['std']:8.3f}   "
+            + " ".join(f"{v:.3f}" for v in row["seeds"])
+        )
+    labelled = f"{record['n_labelled']} of {record['n_train']} training images labelled"
+    print(f"\n{record['n_images']} {record['split']} images of {args.data}; {labelled}.")
+    print(f"Open {base / f'seed{seed}' / 'figures'}")
+    return 0
+
+
+def main(argv=None):
+    """Run the command line; every foreseeable error is one line and exit status 2."""
+    args = parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        status = run(args)
+    except (DataError, OSError) as error:
+        print(f"pepl.py: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:  # outside the training loop, which ends its step and saves first
+        print("interrupted; what was trained is saved, --resume goes on", file=sys.stderr)
+        status = 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
