@@ -89,6 +89,8 @@ def parse_args(argv=None):
     add("--lambda-u", type=float, default=1.0, help="weight of the unlabelled loss (ours)")
     add("--gamma", type=float, default=1.0, help="weight of the labelled loss (ours)")
     add("--alpha", type=float, default=5.0, help="boxes: lambda ~ Beta(alpha, alpha) (ours)")
+    add("--warm-up", type=float, default=0.3, help="share of steps on the labelled images alone")
+    add("--tau-floor", type=float, default=0.0, help="no class threshold lies below (ours)")
     add("--mix-start", type=float, default=0.3, help="phase II begins after this share of steps")
     add("--mix-share", type=float, default=0.5, help="share of images mixed in phase II (ours)")
     add("--mix-labelled", default="none", choices=["none", "pepl", "all"],
@@ -119,7 +121,7 @@ def parse_args(argv=None):
     for name in ("epochs", "batch_size", "mu", "save_every", "max_steps", "labels_per_class"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("beta", "tau", "mix_start", "mix_share", "ema"):
+    for name in ("beta", "tau", "tau_floor", "warm_up", "mix_start", "mix_share", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             p.error(f"--{name.replace('_', '-')} must be within 0 and 1")
     if not 0 < args.labels <= 1:
@@ -164,9 +166,9 @@ def update_thresholds(tau, p, q, beta):
     return tau, beta * p + (1 - beta) * q.mean(0)  # Eq. 4 [G]
 
 
-def class_thresholds(tau, p):
+def class_thresholds(tau, p, floor=0.0):
     """The threshold of each class, (C,): the best learned class has the global one."""
-    return tau * p / p.max()  # Eq. 5 [G]
+    return (tau * p / p.max()).clamp(min=floor)  # Eq. 5 [G; floor O]
 
 
 def random_boxes(b, size, alpha):
@@ -182,8 +184,7 @@ def box_mask(boxes, size):
     """Pixels inside boxes (B, 4): (B, H, W) bool."""
     y, x = (torch.arange(n, device=boxes.device) for n in size)
     left, top, right, bottom = boxes[..., None, None].unbind(1)  # (B, 1, 1) each
-    y = y[:, None]
-    return (x >= left) & (x < right) & (y >= top) & (y < bottom)
+    return (x >= left) & (x < right) & (y[:, None] >= top) & (y[:, None] < bottom)
 
 
 def semantic_mix(x, maps, partner, box1, box2):
@@ -192,23 +193,24 @@ def semantic_mix(x, maps, partner, box1, box2):
     x (B, 3, H, W), percent maps (B, H, W), partner (B,) int64, boxes (B, 4) in pixels. Returns the
     mix, rho_a and rho_b (B,): how much of either object is visible. They need not sum to one.
     """
-    (h, w), inside = x.shape[2:], box_mask(box1, x.shape[2:])
-    y, xs = torch.arange(h, device=x.device) + 0.5, torch.arange(w, device=x.device) + 0.5
-    (l1, t1, r1, b1), (l2, t2, r2, b2) = (box.float().unbind(1) for box in (box1, box2))
-    xs = l2[:, None] + (xs - l1[:, None]) * ((r2 - l2) / (r1 - l1).clamp(min=1))[:, None]  # (B, W)
-    y = t2[:, None] + (y - t1[:, None]) * ((b2 - t2) / (b1 - t1).clamp(min=1))[:, None]  # (B, H)
-    xs, y = (2 * xs / w - 1)[:, None].expand(-1, h, -1), (2 * y / h - 1)[:, :, None]
-    grid = torch.stack([xs, y.expand(-1, -1, w)], 3)  # (B, H, W, 2)
+    size = x.shape[2:]
+    inside1, inside2 = box_mask(box1, size), box_mask(box2, size)
+    valid = (inside1.any(2).any(1) & inside2.any(2).any(1))[:, None, None]  # neither box is empty
+    inside1, inside2 = inside1 & valid, inside2 & valid
+    # The affine map, in coordinates from -1 to 1, that takes box1 to box2.
+    corners = 2 * torch.stack([box1, box2]) / torch.tensor(size, device=x.device).flip(0).repeat(2)
+    (low1, low2), (high1, high2) = (corners - 1).chunk(2, 2)  # (B, 2) each
+    scale = (high2 - low2) / (high1 - low1).clamp(min=1e-6)
+    theta = torch.cat([torch.diag_embed(scale), (low2 - low1 * scale)[..., None]], 2)  # (B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, H, W, 2)
     pasted = F.grid_sample(x[partner], grid, padding_mode="border", align_corners=False)
-    inside2 = box_mask(box2, (h, w))
-    valid = (inside.any(2).any(1) & inside2.any(2).any(1))[:, None, None]  # neither box is empty
-    inside, inside2 = inside & valid, inside2 & valid
-    rho_a, rho_b = 1 - (maps * inside).sum((1, 2)), (maps[partner] * inside2).sum((1, 2))  # Eq. 6
-    return torch.where(inside[:, None], pasted, x), rho_a, rho_b
+    rho_a = 1 - (maps * inside1).sum((1, 2))  # Eq. 6 [G]
+    rho_b = (maps[partner] * inside2).sum((1, 2))
+    return torch.where(inside1[:, None], pasted, x), rho_a, rho_b
 
 
 def hybrid_loss(logits, y_a, y_b, rho_a, rho_b, keep):
-    """Hybrid semantic pseudo-label loss of logits (B, C); y, rho, keep (B,). Returns a scalar.
+    """Hybrid semantic pseudo-label loss of logits (B, C); y, rho, keep (B,) or numbers: a scalar.
 
     Not kept images count as 0 in the mean, as in FixMatch. rho = (1, 0) is plain pseudo-labelling.
     """
@@ -298,8 +300,8 @@ class Classifier(nn.Module):
 
     def __init__(self, arch, n_classes, pretrained=False):
         super().__init__()
-        if arch == "tiny":  # features of a quarter of the input's side
-            stem = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        if arch == "tiny":  # features of a sixth of the input's side
+            stem = [nn.Conv2d(3, 32, 5, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
             blocks = [Residual(32, 32), Residual(32, 64, stride=2), Residual(64, 128)]
             self.backbone, width = nn.Sequential(*stem, *blocks), 128
         else:
@@ -598,14 +600,16 @@ def train(method, train_set, labelled, unlabelled, args, folder):
 
         i = labelled[torch.randint(len(labelled), (b,))].to(device)
         x_l, y_l = weak_augment(images[i], args.size), labels[i]  # (B, 3, H, W), (B,)
-        y_b, rho_a, rho_b, everyone = y_l, 1.0, 0.0, torch.ones_like(y_l, dtype=torch.bool)
+        target_l = y_l, y_l, 1.0, 0.0, 1.0
         if phase_two and args.mix_labelled in ("all", method):
             with torch.no_grad(), autocast(args):
                 _, features = ema(x_l)
-            x_l, y_b, rho_a, rho_b = mix_batch(x_l, y_l, everyone, features, ema, args)
-        x, target_l = [strong_augment(x_l)], (y_l, y_b, rho_a, rho_b, everyone)
+            x_l, *mixed = mix_batch(x_l, y_l, torch.ones_like(y_l), features, ema, args)
+            target_l = y_l, *mixed, 1.0
+        x = [strong_augment(x_l)]
 
-        if method != "supervised":
+        semi = method != "supervised" and step >= args.warm_up * args.steps
+        if semi:
             i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,))].to(device)
             x_w = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
             with torch.no_grad(), autocast(args):
@@ -614,7 +618,9 @@ def train(method, train_set, labelled, unlabelled, args, folder):
             confidence, y_u = q.max(1)
             tau, p = update_thresholds(tau, p, q, args.beta)
             fixed = method == "fixmatch"
-            keep = confidence >= (args.tau if fixed else class_thresholds(tau, p)[y_u])
+            keep = confidence >= (
+                args.tau if fixed else class_thresholds(tau, p, args.tau_floor)[y_u]
+            )
             y_b, rho_a, rho_b = y_u, 1.0, 0.0  # phase I: the image as it is
             if phase_two and method == "pepl":
                 x_w, y_b, rho_a, rho_b = mix_batch(x_w, y_u, keep, features, ema, args)
@@ -623,7 +629,7 @@ def train(method, train_set, labelled, unlabelled, args, folder):
         with autocast(args):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
         loss = args.gamma * hybrid_loss(logits[:b], *target_l)  # Eq. 8 [G]
-        if method != "supervised":
+        if semi:
             loss = loss + args.lambda_u * hybrid_loss(logits[b:], y_u, y_b, rho_a, rho_b, keep)
         value = loss.item()
         if not math.isfinite(value):
@@ -646,7 +652,9 @@ def train(method, train_set, labelled, unlabelled, args, folder):
             probs, _ = classify(ema, train_set.images[watched], args)
             confidence, guess = probs.max(1)
             adaptive = method in ("freematch", "pepl")
-            kept = confidence >= (class_thresholds(tau, p).cpu()[guess] if adaptive else args.tau)
+            kept = confidence >= (
+                class_thresholds(tau, p, args.tau_floor).cpu()[guess] if adaptive else args.tau
+            )
             right = (guess == train_set.labels[watched]).float()  # of no influence on the training
             row = [right.mean(), right[kept].mean(), kept.float().mean(), tau]
             log.append([step, smooth, *(x.item() for x in row)])
