@@ -231,10 +231,8 @@ def uniform(b, n, device):
 
 def warp(x, rows, size):
     """Sample x (B, 3, H, W) by the six affine coefficients rows, each (B, 1, 1, 1) or a number."""
-    theta = torch.stack([torch.as_tensor(r, device=x.device).expand(len(x), 1, 1, 1) for r in rows])
-    grid = F.affine_grid(
-        theta.view(6, -1).T.view(-1, 2, 3), (len(x), 3, *size), align_corners=False
-    )
+    theta = torch.stack([torch.zeros_like(rows[0]) + r for r in rows], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, (len(x), 3, *size), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -244,7 +242,7 @@ def weak_augment(images, size):
     x = images.float() / 255
     part = size[0] / x.shape[2] * (1 - 0.1 * z[3].abs())  # of the image's side, at most 7/8
     flip = torch.where(z[0] < 0, -part, part)
-    return warp(x, [flip, 0.0, z[1] * (1 - part), 0.0, part, z[2] * (1 - part)], size)
+    return warp(x, [flip, 0, z[1] * (1 - part), 0, part, z[2] * (1 - part)], size)
 
 
 def strong_augment(x):
@@ -265,10 +263,8 @@ def strong_augment(x):
     x = torch.where(on[2], (x * levels).round() / levels, x)  # posterise
     blur = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = torch.where(on[3], (x + z[9] * (x - blur)).clamp(0, 1), x)  # sharpen or blur
-    y = torch.linspace(-1, 1, h, device=x.device)[:, None]
-    hole = ((torch.linspace(-1, 1, w, device=x.device) - z[10]).abs() < 0.35) & (
-        (y - z[11]).abs() < 0.35
-    )
+    y, x0 = (torch.linspace(-1, 1, n, device=x.device) for n in (h, w))
+    hole = ((x0 - z[10]).abs() < 0.35) & ((y[:, None] - z[11]).abs() < 0.35)
     return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout
 
 
@@ -590,7 +586,9 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     start = time.time() - seconds
-    bar = tqdm(total=args.steps, initial=step, desc=f"train {method}", smoothing=0.05)
+    per_step = b if method == "supervised" else b * (1 + args.mu)
+    bar = tqdm(total=args.steps, initial=step, desc=f"train {method}", smoothing=0.05,
+               unit="img", unit_scale=per_step)  # fmt: skip
     while step < args.steps and not args.eval_only:
         net.train()
         warm, cosine = min(1, (step + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
@@ -645,7 +643,7 @@ def train(method, train_set, labelled, unlabelled, args, folder):
                 old.copy_(new)
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.update()
-        bar.set_postfix(loss=f"{smooth:.3f}", images_per_s=round(bar.format_dict["rate"] or 0) * b)
+        bar.set_postfix(loss=f"{smooth:.3f}")
         if step % args.save_every and step < args.steps and not stop:
             continue
         if step % args.save_every == 0 or step == args.steps:
@@ -763,7 +761,8 @@ def run(args):
             "peak_memory_mib": round(peak), "torch": torch.__version__, "git": commit or None,
             "command": " ".join(["python pepl.py", *args.argv]), "rows": table,
         }  # fmt: skip
-        (base / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        where = base / (f"seed{seed}" if len(args.seeds) == 1 else "")
+        (where / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{'':12}{'accuracy':>10}{'std':>8}   each seed")
     for method, row in table.items():
         row = row["accuracy"]
