@@ -152,7 +152,8 @@ def parse_args(argv=None):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not usable here; take --device cpu")
-    bf16_auto = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
+    bf16_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    bf16_auto = args.device.startswith("cuda") or bf16_cpu
     args.bf16 = args.amp == "on" or (args.amp == "auto" and bf16_auto)
     return args
 
@@ -390,11 +391,15 @@ def predict(net, classes, args, folder):
         except DataError as error:
             errors.append(str(error))
             continue
-        maps = F.interpolate(maps[None], img.shape[1:], mode="bilinear", align_corners=False)
-        Image.fromarray(overlay(img, maps[0, 0])).save(folder / f"{n:04d}_{path.stem}_cam.png")
-        best = probs[0].argmax().item()
+        (h, w), inner = img.shape[1:], [n * 7 // 8 for n in img.shape[1:]]  # the crop's part
+        maps = F.interpolate(maps[None], inner, mode="bilinear", align_corners=False)[0, 0]
+        top, left = (h - inner[0]) // 2, (w - inner[1]) // 2
+        whole = torch.full((h, w), maps.min().item())
+        whole[top : top + inner[0], left : left + inner[1]] = maps
+        name = f"{n:04d}_{path.stem}_cam.png"
+        Image.fromarray(overlay(img, whole)).save(folder / name)
         shares = [f"{x:.6f}" for x in probs[0].tolist()]
-        rows.append([path, f"{n:04d}_{path.stem}_cam.png", classes[best], *shares])
+        rows.append([path, name, classes[probs[0].argmax()], *shares])
     with open(folder / "probabilities.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file", "overlay", "prediction", *classes], *rows])
     return errors
@@ -455,23 +460,22 @@ def draw_cams(net, test, args, path, n=6):
     draw_sheet(columns, path)
 
 
-def draw_mixes(net, data, args, path, n=3):
+def draw_mixes(net, test, args, path, n=3):
     """What a semantic mix is: image a, its map and box; image b, its map and box; the mix."""
-    g = torch.Generator().manual_seed(args.seed)
-    pick = torch.randperm(len(data), generator=g)[: 2 * n]
-    img = centre_crop(data.images[pick], args.size)
-    probs, maps = classify(net, data.images[pick], args)
-    torch.manual_seed(args.seed + 1)
+    torch.manual_seed(args.seed)
+    pick = torch.randperm(len(test))[: 2 * n]
+    img = centre_crop(test.images[pick], args.size)
+    probs, maps = classify(net, test.images[pick], args)
     boxes = [random_boxes(len(pick), args.size, args.alpha) for _ in range(2)]
     partner = torch.arange(len(pick)).roll(n)
     mix, *rho = semantic_mix(img.float() / 255, percent_map(maps), partner, *boxes)
-    names, columns = [data.classes[k] for k in probs.argmax(1).tolist()], [[] for _ in range(5)]
+    names, columns = [test.classes[k] for k in probs.argmax(1).tolist()], [[] for _ in range(5)]
     for a, b in enumerate(partner[:n].tolist()):
         for k, (i, box) in enumerate(((a, boxes[0][a]), (b, boxes[1][a]))):
             drawn = Image.fromarray(overlay(img[i], maps[i]))
-            ImageDraw.Draw(drawn).rectangle(
-                (box - torch.tensor([0, 0, 1, 1])).tolist(), outline="cyan"
-            )
+            corners = box.tolist()
+            if corners[0] < corners[2] and corners[1] < corners[3]:
+                ImageDraw.Draw(drawn).rectangle(corners, outline="cyan")
             columns[2 * k].append((f"{'ab'[k]}: {names[i]}", img[i].permute(1, 2, 0).numpy()))
             columns[2 * k + 1].append((f"map and box of {'ab'[k]}", np.asarray(drawn)))
         mixed = (mix[a] * 255).byte().permute(1, 2, 0).numpy()
@@ -503,10 +507,9 @@ def draw_curves(logs, path):
             points = [place(row[0], row[2 + k]) for row in rows if row[2 + k] == row[2 + k]]
             pen.line(points, colours[METHODS.index(method)], 2)
     for k, method in enumerate(logs):
-        pen.line(
-            [(42 + 130 * k, h + 26), (62 + 130 * k, h + 26)], colours[METHODS.index(method)], 3
-        )
-        pen.text((68 + 130 * k, h + 19), method, "black", font=font)
+        x, y = left + 130 * k, h + 26
+        pen.line([(x, y), (x + 20, y)], colours[METHODS.index(method)], 3)
+        pen.text((x + 26, y - 7), method, "black", font=font)
     pen.text((3 * w - 120, h + 19), "training steps", "black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -585,11 +588,14 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     images, labels = train_set.images.to(device), train_set.labels.to(device)
     tau = torch.tensor(1 / n_classes, device=device)  # 1 would reject nearly all for very long
     p = torch.full((n_classes,), 1 / n_classes, device=device)
-    watched = unlabelled[:: max(1, len(unlabelled) // 512)]  # the log's pseudo-labels are of these
+    watched = unlabelled if len(unlabelled) else labelled  # the log's pseudo-labels are of these
+    watched = watched[:: max(1, len(watched) // 512)]
     last, step, seconds, log, smooth = folder / "last.pt", 0, 0.0, [], None
     folder.mkdir(parents=True, exist_ok=True)
     if (args.resume or args.eval_only) and (last.exists() or args.eval_only):
         state = load_checkpoint(last, args, ("arch", "size", *(() if args.eval_only else RESUMED)))
+        if state["classes"] != train_set.classes:
+            raise DataError(f"{last} was trained for other classes; use another --out")
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
@@ -713,7 +719,8 @@ def run_seed(args, seed, folder):
     train_set = load("train")
     if args.validate:
         held_out, rest = label_split(train_set.labels, 0.2, seed=2018)
-        test, train_set = (subset(train_set, i) for i in (held_out, rest))
+        test = replace(subset(train_set, held_out), split="validation")
+        train_set = subset(train_set, rest)
     else:
         test = load("test")
     labelled, unlabelled = label_split(train_set.labels, args.labels, args.labels_per_class, seed)
@@ -732,7 +739,7 @@ def run_seed(args, seed, folder):
         )
         rows[method] = accuracy(classify(net, test.images, args)[0], test.labels)
         draw_cams(net, test, args, folder / "figures" / f"cams_{method}.png")
-    draw_mixes(net, subset(train_set, unlabelled), args, folder / "figures" / "mix.png")
+    draw_mixes(net, test, args, folder / "figures" / "mix.png")
     draw_curves(logs, folder / "figures" / "curves.png")
     record = {"split": test.split, "n_images": len(test), "n_labelled": len(labelled),
               "n_train": len(train_set), "steps": args.steps, "seconds": seconds}  # fmt: skip

@@ -301,6 +301,10 @@ def test_bare_quick_run_writes_everything_and_repeats(tmp_path, capsys):
     rows = outputs(tmp_path / "a")[1]
     assert run("--quick", "--ablate", "--eval-only", "--out", tmp_path / "a") == 0
     assert outputs(tmp_path / "a")[1] == rows
+    assert run(*TINY, "--method", "supervised", "--labels", 1, "--out", tmp_path) == 0
+    assert run(*TINY, "--seeds", 0, 1, "--validate", "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "pepl/synthetic/result.json").read_text())
+    assert result["split"] == "validation" and len(result["rows"]["pepl"]["accuracy"]["seeds"]) == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
