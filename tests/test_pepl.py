@@ -113,6 +113,18 @@ def test_boxes_lie_inside_and_are_resized():
     assert torch.allclose(mix[0, :, :, 1:7], want[0, :, :, 1:7], atol=1e-5)
 
 
+def test_mixing_a_batch_leaves_labels_alone_and_takes_kept_partners():
+    args = pepl.parse_args([*TINY, "--mix-share", "0.5"])
+    torch.manual_seed(0)
+    x, y, net = torch.rand(64, 3, 16, 16), torch.arange(64) % 9, pepl.Classifier("tiny", 9)
+    before, keep = (x.clone(), y.clone()), torch.arange(64) < 3
+    mix, y_b, rho_a, rho_b = pepl.mix_batch(x, y, keep, net(x)[1], net, args)
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1]) and y_b.max() == 2
+    same = (mix == x).flatten(1).all(1)
+    assert 10 < same.sum() < 54 and (rho_a[same] == 1).all() and (rho_b[~same] > 0).all()
+    assert pepl.mix_batch(x, y, keep & False, None, net, args)[2:] == (1.0, 0.0)
+
+
 def test_hybrid_loss_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     log_q = [[-0.126928, -2.126928], [-1.313262, -0.313262]]
@@ -193,6 +205,11 @@ def test_folder_of_any_mode(mode, tmp_path):
     found = data.load_classification("folder", folder_set(tmp_path, mode=mode), "train", (16, 24))
     assert found.images.shape == (12, 3, 16, 24) and found.labels.tolist() == [0] * 6 + [1] * 6
     assert found.classes == ["a", "b"] and found.ids[7] == "train/b/1.jpg"
+    for path in tmp_path.glob("train/b/[1-9].jpg"):  # one image is left, and gets the label
+        path.unlink()
+    assert run(*TINY, "--data", "folder", "--data-root", tmp_path, "--out", tmp_path) == 0
+    split = json.loads((tmp_path / "pepl/folder/seed0/split.json").read_text())
+    assert "train/b/0.jpg" in split["labelled"] and len(split["unlabelled"]) == 5
 
 
 BAD_FOLDERS = {  # the error's words: what is done to a sound set
