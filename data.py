@@ -432,7 +432,8 @@ def _class_folders(name, root, split):
     for part in ("train", split):
         if not (root / part).is_dir():
             raise DataError(f"{root / part}: this folder does not exist; it holds a folder a class")
-        parts[part] = [p.name for p in sorted((root / part).iterdir()) if p.is_dir()]
+        folders = sorted(p.name for p in (root / part).iterdir() if p.is_dir())
+        parts[part] = [name for name in folders if name[0] != "."]
     classes = parts["train"]
     for odd in sorted(set(classes) ^ set(parts[split])):
         raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
@@ -457,19 +458,15 @@ def _cub200(name, root, split):
     def column(file):
         return [line.split(maxsplit=1)[1] for line in (folder / file).read_text().splitlines()]
 
-    rows = zip(
-        column("images.txt"),
-        column("image_class_labels.txt"),
-        column("train_test_split.txt"),
-        strict=True,
-    )
+    columns = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
     wanted = {"train": "1", "test": "0"}[split]
-    sources = [(folder / "images" / path, int(c) - 1) for path, c, part in rows if part == wanted]
+    rows = [row for row in zip(*columns, strict=True) if row[2] == wanted]
+    sources = [(folder / "images" / path, int(c) - 1) for path, c, _ in rows]
     return sources, [c.split(".")[-1].replace("_", " ") for c in column("classes.txt")]
 
 
 def _torchvision(name, root, split):
-    """[(path, label)] and class names as torchvision's loader reads (and downloads) them."""
+    """[(path, label)] and class names by torchvision; flowers102 trains on its train and val."""
     from torchvision import datasets  # here: the segmentation scripts do without it
 
     loader, train_parts = {
@@ -566,9 +563,8 @@ def synthetic_birds(n, size, seed, chunk=100):
     palette = torch.tensor(BIRD_PALETTE).flatten(0, 1)  # (12, 3)
     stray = palette[torch.randint(len(palette), (b, 8), generator=g)][..., None, None]
     for k in range(8):
-        img = img + ellipse(
-            u(-1, 1), u(-1, 1), 0.08 + 0.12 * (k % 3) / 2, 0.06 + 0.04 * (k % 2), k, (x, y)
-        ) * (stray[:, k] - img)
+        blob = ellipse(u(-1, 1), u(-1, 1), 0.08 + 0.06 * (k % 3), 0.06 + 0.04 * (k % 2), k, (x, y))
+        img = img + blob * (stray[:, k] - img)
     for cover, paint in (
         (ellipse(-0.62, 0.24, 0.32, 0.1, -0.35), colour[:, 3]),
         (ellipse(0, 0.08, 0.46, 0.29), tint),
