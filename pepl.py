@@ -63,7 +63,9 @@ from data import IMAGE_SUFFIXES, DataError, label_split, load_classification, pa
 # Equations are tagged G where the paper or its code gives them, O where they are ours.
 DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", "pets"]
 LOG_COLUMNS = ["step", "loss", "pseudo_accuracy", "kept_accuracy", "coverage", "tau"]
-RESUMED = ["steps", "batch_size", "mu", "lr", "labels", "labels_per_class", "mix_start", "bf16"]
+RESUMED = ["steps", "batch_size", "mu", "lr", "lr_backbone", "weight_decay", "labels", "beta",
+           "tau", "labels_per_class", "lambda_u", "gamma", "alpha", "warm_up", "tau_floor",
+           "mix_start", "mix_share", "mix_labelled", "ema", "bf16"]  # fmt: skip
 RESNETS = torchvision.models.list_models(
     torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]
 )
@@ -535,8 +537,8 @@ def save_checkpoint(state, path):
         ) from error
 
 
-def load_checkpoint(path, args, fixed=("arch", "size")):
-    """Read a checkpoint, trained with the flags `fixed` as they are now.
+def load_checkpoint(path, args, fixed=()):
+    """Read a checkpoint, trained with the flags --arch, --size and `fixed` as they are now.
 
     Raises DataError if it is missing, broken, another script's or trained with other flags.
     """
@@ -548,7 +550,7 @@ def load_checkpoint(path, args, fixed=("arch", "size")):
         raise DataError(f"{path} is not a readable checkpoint; train again") from error
     if not isinstance(state, dict) or state.get("script") != "pepl":
         raise DataError(f"{path} is a checkpoint of something else, not of pepl.py")
-    for name in fixed:
+    for name in ("arch", "size", *fixed):
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
             raise DataError(f"{path}: --{name.replace('_', '-')} was {was}, now {now}; keep it")
@@ -592,10 +594,11 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     watched = watched[:: max(1, len(watched) // 512)]
     last, step, seconds, log, smooth = folder / "last.pt", 0, 0.0, [], None
     folder.mkdir(parents=True, exist_ok=True)
-    if (args.resume or args.eval_only) and (last.exists() or args.eval_only):
-        state = load_checkpoint(last, args, ("arch", "size", *(() if args.eval_only else RESUMED)))
+    if args.eval_only or (args.resume and last.exists()):
+        path = (args.eval_only and args.checkpoint) or last
+        state = load_checkpoint(path, args, [] if args.eval_only else RESUMED)
         if state["classes"] != train_set.classes:
-            raise DataError(f"{last} was trained for other classes; use another --out")
+            raise DataError(f"{path} was trained for other classes: {state['classes'][:3]} ...")
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
@@ -618,7 +621,7 @@ def train(method, train_set, labelled, unlabelled, args, folder):
 
         i = labelled[torch.randint(len(labelled), (b,))].to(device)
         x_l, y_l = weak_augment(images[i], args.size), labels[i]  # (B, 3, H, W), (B,)
-        target_l = y_l, y_l, 1.0, 0.0, 1.0
+        target_l = y_l, y_l, 1.0, 0.0, 1.0  # y_a, y_b, rho_a, rho_b, keep
         if phase_two and args.mix_labelled in ("all", method):
             with torch.no_grad(), autocast(args):
                 _, features = ema(x_l)
@@ -636,9 +639,8 @@ def train(method, train_set, labelled, unlabelled, args, folder):
             confidence, y_u = q.max(1)
             tau, p = update_thresholds(tau, p, q, args.beta)
             fixed = method == "fixmatch"
-            keep = confidence >= (
-                args.tau if fixed else class_thresholds(tau, p, args.tau_floor)[y_u]
-            )
+            threshold = args.tau if fixed else class_thresholds(tau, p, args.tau_floor)[y_u]
+            keep = confidence >= threshold
             y_b, rho_a, rho_b = y_u, 1.0, 0.0  # phase I: the image as it is
             if phase_two and method == "pepl":
                 x_w, y_b, rho_a, rho_b = mix_batch(x_w, y_u, keep, features, ema, args)
@@ -669,10 +671,9 @@ def train(method, train_set, labelled, unlabelled, args, folder):
         if step % args.save_every == 0 or step == args.steps:
             probs, _ = classify(ema, train_set.images[watched], args)
             confidence, guess = probs.max(1)
-            adaptive = method in ("freematch", "pepl")
-            kept = confidence >= (
-                class_thresholds(tau, p, args.tau_floor).cpu()[guess] if adaptive else args.tau
-            )
+            fixed = method in ("supervised", "fixmatch")
+            threshold = class_thresholds(tau, p, args.tau_floor).cpu()[guess]
+            kept = confidence >= (args.tau if fixed else threshold)
             right = (guess == train_set.labels[watched]).float()  # of no influence on the training
             row = [right.mean(), right[kept].mean(), kept.float().mean(), tau]
             log.append([step, smooth, *(x.item() for x in row)])
@@ -712,9 +713,8 @@ def run_seed(args, seed, folder):
     limit = 64 if args.quick else None
 
     def load(split):
-        return load_classification(
-            args.data, args.data_root, split, stored_size(args), limit, args.num_workers
-        )
+        size, workers = stored_size(args), args.num_workers
+        return load_classification(args.data, args.data_root, split, size, limit, workers)
 
     train_set = load("train")
     if args.validate:
@@ -728,9 +728,10 @@ def run_seed(args, seed, folder):
         raise DataError("every training image is labelled: lower --labels or --method supervised")
     args.steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * (1 + args.mu)))
     args.steps = min(args.steps, args.max_steps or args.steps)
-    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    split = {k: [train_set.ids[i] for i in v] for k, v in
-             (("labelled", labelled), ("unlabelled", unlabelled))}  # fmt: skip
+    if not args.eval_only:
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    split = {"labelled": subset(train_set, labelled).ids}
+    split["unlabelled"] = subset(train_set, unlabelled).ids
     (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n")
     rows, logs, seconds = {}, {}, {}
     for method in args.method:
@@ -774,9 +775,8 @@ def run(args):
         table = {}
         for method in rows:
             values = np.array([r[method] for r in per_seed])
-            table[method] = {
-                "accuracy": {"mean": values.mean(), "std": values.std(), "seeds": values.tolist()}
-            }
+            row = {"mean": values.mean(), "std": values.std(), "seeds": values.tolist()}
+            table[method] = {"accuracy": row}
         result = {"method": "pepl", "data": args.data} | record | {
             "seeds": args.seeds[: len(per_seed)], "device": args.device,
             "peak_memory_mib": round(peak), "torch": torch.__version__, "git": commit or None,
@@ -787,10 +787,8 @@ def run(args):
     print(f"\n{'':12}{'accuracy':>10}{'std':>8}   each seed")
     for method, row in table.items():
         row = row["accuracy"]
-        print(
-            f"{method:12}{row['mean']:10.3f}{row['std']:8.3f}   "
-            + " ".join(f"{v:.3f}" for v in row["seeds"])
-        )
+        each = " ".join(f"{v:.3f}" for v in row["seeds"])
+        print(f"{method:12}{row['mean']:10.3f}{row['std']:8.3f}   {each}")
     labelled = f"{record['n_labelled']} of {record['n_train']} training images labelled"
     print(f"\n{record['n_images']} {record['split']} images of {args.data}; {labelled}.")
     print(f"Open {base / f'seed{seed}' / 'figures'}")
