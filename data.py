@@ -2,13 +2,17 @@
 
 train = load_segmentation("isic2018", "data", "train", size=(96, 128))  # a SegmentationSet
 x = train.images[torch.randint(len(train), (24,))].float() / 255        # (24, 3, 96, 128)
+birds = load_classification("cub200", "data", "train", size=(256, 256))  # a ClassificationSet
+labelled, unlabelled = label_split(birds.labels, per_class=4, seed=0)   # indices, stratified
 """
 
 import argparse
+import gzip
 import math
 import os
 import shutil
 import sys
+import tarfile
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 ISIC_URL = os.environ.get("ISIC_URL", "https://isic-challenge-data.s3.amazonaws.com/2018")
+CUB_URL = os.environ.get("CUB_URL", "https://data.caltech.edu/records/65de6-vp158/files")
 ISIC_SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MAX_PIXELS = 400_000_000  # 20,000 x 20,000, 1.2 GB once decoded: a larger file gets a DataError
@@ -29,6 +34,7 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit warns from 89 million 
 EXIF_TURN = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 SPLIT_SEED = 2018  # of the splits drawn for a folder that has none; not the run's seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
+BIRDS_COUNTS = {"train": 1000, "test": 600}
 
 
 class DataError(ValueError):
@@ -193,7 +199,7 @@ def _pairs(name, root, split, images_only):
     found = []
     for folder in folders[: 1 if images_only else 2]:
         if name == "isic2018" and not folder.is_dir():
-            _fetch(f"{ISIC_URL}/{folder.name}.zip", folder)
+            _fetch(f"{ISIC_URL}/{folder.name}.zip", folder, "the whole of ISIC 2018 Task 1: 13 GB")
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
         if not files:
@@ -214,13 +220,13 @@ def _pairs(name, root, split, images_only):
     return pairs
 
 
-def _fetch(url, folder):
-    """Download a zip, resuming what is there, and unpack its images: folder is whole or absent."""
-    part, temp = folder.with_name(f"{folder.name}.zip.part"), folder.with_name(f".{folder.name}")
+def _fetch(url, folder, note):
+    """Download an archive, resuming what is there, and unpack it: folder is whole or absent."""
+    part, temp = folder.with_name(f"{url.split('/')[-1]}.part"), folder.with_name(f".{folder.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    print(f"downloading {url} (the whole of ISIC 2018 Task 1 is about 13 GB)", file=sys.stderr)
+    print(f"downloading {url} ({note})", file=sys.stderr)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             start = start if response.status == 206 else 0  # no Range here: from the beginning
@@ -238,6 +244,20 @@ def _fetch(url, folder):
     try:
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir()
+        os.replace(_unpack(part, temp), folder)
+        part.unlink()
+    except OSError as error:  # the archive is good and stays
+        raise DataError(f"{part}: cannot be unpacked ({error}); make room, run again") from error
+    except Exception as error:
+        part.unlink()
+        raise DataError(f"{part}: corrupt ({error}), now deleted; run it again") from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _unpack(part, temp):
+    """Unpack a .zip's images without its folders, or a .tgz's first folder; returns the folder."""
+    if part.name.endswith(".zip.part"):
         with zipfile.ZipFile(part) as archive:
             if archive.testzip():
                 raise zipfile.BadZipFile(f"{archive.testzip()} is damaged")
@@ -245,15 +265,16 @@ def _fetch(url, folder):
                 name = Path(entry.replace("\\", "/")).name  # no folders: nothing can escape
                 if Path(name).suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
                     (temp / name).write_bytes(archive.read(entry))
-        os.replace(temp, folder)
-        part.unlink()
-    except OSError as error:  # the zip is good and stays
-        raise DataError(f"{part}: cannot be unpacked ({error}); make room, run again") from error
-    except Exception as error:
-        part.unlink()
-        raise DataError(f"{part}: corrupt ({error}), now deleted; run it again") from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        return temp
+    try:
+        with gzip.open(part) as file:
+            while file.read(1 << 20):  # to its end, where the check sum is
+                pass
+        with tarfile.open(part) as archive:
+            archive.extractall(temp, filter="data")  # refuses paths that leave temp
+    except gzip.BadGzipFile as error:  # an OSError, but no trouble with the disk
+        raise tarfile.ReadError(error) from error
+    return next(path for path in sorted(temp.iterdir()) if path.is_dir())
 
 
 def synthetic_dermoscopy(n, size, seed, chunk=50):
@@ -364,3 +385,200 @@ def augment(images, masks, generator=None):
     mean, contrast = images.mean((1, 2, 3), keepdim=True), 1 + 0.15 * z[:, 6].view(b, 1, 1, 1)
     tint = (0.1 * z[:, 7:8] + 0.04 * z[:, 8:11])[:, :, None, None]  # (B, 3, 1, 1)
     return (mean + (images - mean) * contrast + tint).clamp(0, 1), masks
+
+
+@dataclass
+class ClassificationSet:
+    name: str
+    split: str
+    ids: list[str]  # paths relative to the root
+    images: torch.Tensor  # uint8 (N, 3, H, W)
+    labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1
+    classes: list[str]
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def load_classification(name, root, split, size, limit=None, workers=8):
+    """Load "train" or "test" at size = (H, W), whatever the image's shape, as a ClassificationSet.
+    name: synthetic | folder | cub200 | cars | aircraft | flowers102 | pets. limit: about so many
+    images, evenly spaced in the list. Raises DataError for bad data and failed downloads.
+    """
+    root = Path(root)
+    if name == "synthetic":
+        n = BIRDS_COUNTS[split]
+        images, labels = synthetic_birds(n, size, seed=n)
+        step = max(1, n // (limit or n))
+        ids = [f"{split}_{i:04d}" for i in range(0, n, step)]
+        return ClassificationSet(name, split, ids, images[::step], labels[::step], BIRD_CLASSES)
+    if not root.is_dir() and root != Path("data"):  # a typo must not start a download
+        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
+    listing = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)
+    sources, classes = listing(name, root, split)
+    if len(classes) < 2:
+        raise DataError(f"{name} in {root}: only one class, {classes[0]}; at least two are needed")
+    sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
+
+    def decode(path, label):
+        return read_image(path, size), torch.tensor(label)
+
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}-classes"
+    images, labels = _store(key, sources, decode, root, workers)
+    ids = [os.path.relpath(path, root) for path, _ in sources]
+    return ClassificationSet(name, split, ids, images, labels, classes)
+
+
+def _class_folders(name, root, split):
+    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty."""
+    parts = {}
+    for part in ("train", split):
+        if not (root / part).is_dir():
+            raise DataError(f"{root / part}: this folder does not exist; it holds a folder a class")
+        folders = sorted(p.name for p in (root / part).iterdir() if p.is_dir())
+        parts[part] = [name for name in folders if name[0] != "."]
+    classes = parts["train"]
+    for odd in sorted(set(classes) ^ set(parts[split])):
+        raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
+    if not classes:
+        raise DataError(f"{root / 'train'}: no class folder here; give each class a folder")
+    sources = []
+    for label, c in enumerate(classes):
+        files = sorted((root / split / c).iterdir())
+        files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
+        if not files:
+            raise DataError(f"{root / split / c}: a class with no image; fill or remove the folder")
+        sources += [(path, label) for path in files]
+    return sources, classes
+
+
+def _cub200(name, root, split):
+    """[(path, label)] and class names of CUB-200-2011 with its official split; fetches it first."""
+    folder = root / "CUB_200_2011"
+    if not folder.is_dir():
+        _fetch(f"{CUB_URL}/CUB_200_2011.tgz", folder, "1.2 GB")
+
+    def column(file):
+        return [line.split(maxsplit=1)[1] for line in (folder / file).read_text().splitlines()]
+
+    columns = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
+    wanted = {"train": "1", "test": "0"}[split]
+    rows = [row for row in zip(*columns, strict=True) if row[2] == wanted]
+    sources = [(folder / "images" / path, int(c) - 1) for path, c, _ in rows]
+    return sources, [c.split(".")[-1].replace("_", " ") for c in column("classes.txt")]
+
+
+def _torchvision(name, root, split):
+    """[(path, label)] and class names by torchvision; flowers102 trains on its train and val."""
+    from torchvision import datasets  # here: the segmentation scripts do without it
+
+    loader, train_parts = {
+        "cars": (datasets.StanfordCars, ["train"]),
+        "aircraft": (datasets.FGVCAircraft, ["trainval"]),
+        "flowers102": (datasets.Flowers102, ["train", "val"]),
+        "pets": (datasets.OxfordIIITPet, ["trainval"]),
+    }[name]
+    todo = "check the network and run again"
+    if name == "cars":  # its address is dead
+        todo = "it cannot be downloaded any more: put cars_train/, cars_test/, devkit/ and "
+        todo += f"cars_test_annos_withlabels.mat into {root / 'stanford_cars'}"
+    try:
+        parts = train_parts if split == "train" else ["test"]
+        sets = [loader(root, split=part, download=name != "cars") for part in parts]
+    except Exception as error:  # of the network, the archive or a missing scipy: all kinds
+        raise DataError(f"{name} in {root}: {' '.join(str(error).split())}; {todo}") from error
+    sources = []
+    for part in sets:
+        if name == "cars":
+            files, labels = zip(*part._samples, strict=True)
+        else:
+            files, labels = getattr(part, "_image_files", None) or part._images, part._labels
+        sources += zip(map(Path, files), labels, strict=True)
+    return sources, list(sets[0].classes)
+
+
+def label_split(labels, fraction=None, per_class=None, seed=0):
+    """Choose the labelled images, stratified: (labelled, unlabelled) sorted int64 indices.
+    labels (N,) int64; either a fraction in (0, 1], at least one image a class, or a number per
+    class. Raises DataError if a class has fewer images.
+    """
+    g, chosen = torch.Generator().manual_seed(seed), []
+    for c in labels.unique().tolist():
+        mine = (labels == c).nonzero()[:, 0]
+        k = per_class or max(1, round(fraction * len(mine)))
+        if k > len(mine):
+            raise DataError(f"class {c} has {len(mine)} training images, not {k}; label fewer")
+        chosen.append(mine[torch.randperm(len(mine), generator=g)[:k]])
+    labelled = torch.zeros(len(labels), dtype=torch.bool)
+    labelled[torch.cat(chosen)] = True
+    return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
+
+
+# Colours of (bill, crown, wing bar, tail); two classes differ in at least two of the four parts.
+BIRD_PALETTE = [
+    [(0.95, 0.75, 0.1), (0.1, 0.1, 0.12), (0.85, 0.2, 0.15)],
+    [(0.8, 0.1, 0.1), (0.08, 0.08, 0.1), (0.95, 0.95, 0.9)],
+    [(0.95, 0.95, 0.95), (0.95, 0.8, 0.2), (0.1, 0.1, 0.12)],
+    [(0.9, 0.5, 0.15), (0.1, 0.15, 0.45), (0.92, 0.92, 0.9)],
+]
+BIRD_CODES = [(a, b, (a + b) % 3, (a + 2 * b) % 3) for a in range(3) for b in range(3)]
+BIRD_CLASSES = ["bird " + "".join(map(str, code)) for code in BIRD_CODES]
+
+
+def synthetic_birds(n, size, seed, chunk=100):
+    """Draw fine-grained birds: images uint8 (n, 3, H, W) and labels int64 (n,).
+    Classes share one body; bill, crown, wing bar and tail, each under 5 % of the area, tell them
+    apart. Pose, size, tint and background vary freely; blobs of the same colours lie about.
+    """
+    if n > chunk:  # to bound memory; each chunk has its seed
+        rest = range(0, n, chunk)
+        parts = [synthetic_birds(min(chunk, n - i), size, seed + 9973 * i) for i in rest]
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    (h, w), g, b = size, torch.Generator().manual_seed(seed), chunk  # drawn whole: n never matters
+
+    def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
+        return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
+
+    def field(cells):  # smooth noise (B, 3, H, W), standard deviation about 1
+        z = 1.3 * torch.randn(b, 3, cells, cells, generator=g)
+        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
+
+    labels = torch.randint(len(BIRD_CODES), (b,), generator=g)
+    code = torch.tensor(BIRD_CODES)[labels]  # (B, 4)
+    colour = torch.tensor(BIRD_PALETTE)[torch.arange(4), code]  # (B, 4, 3)
+    colour = (colour + u(-0.08, 0.08, 4, 3))[..., None, None]  # (B, 4, 3, 1, 1)
+    px = 2 / min(h, w)  # the short side spans -1..1
+    y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
+    # The bird's frame: p along the body to the bill, q down.
+    turn, scale = u(-0.45, 0.45), u(0.85, 1.2)
+    dx, dy = x - u(-0.2, 0.2), y - u(-0.2, 0.2)
+    p = (turn.cos() * dx + turn.sin() * dy) / scale * torch.where(u(0, 1) < 0.5, -1, 1)
+    q = (turn.cos() * dy - turn.sin() * dx) / scale
+
+    def ellipse(cp, cq, rp, rq, tilt=0.0, at=(p, q)):  # cover (B, 1, H, W) in [0, 1]
+        a, c = at[0] - cp, at[1] - cq
+        a, c = a * math.cos(tilt) + c * math.sin(tilt), c * math.cos(tilt) - a * math.sin(tilt)
+        inside = (1 - torch.hypot(a / rp, c / rq)) * torch.as_tensor(min(rp, rq)) / px
+        return torch.sigmoid(4 * inside)
+
+    tint = u(0.2, 0.75) + u(-0.15, 0.15, 3, 1, 1)  # of the body: (B, 3, 1, 1)
+    img = u(0.15, 0.85, 3, 1, 1) + u(0.05, 0.2) * field(4) + 0.05 * field(12)
+    palette = torch.tensor(BIRD_PALETTE).flatten(0, 1)  # (12, 3)
+    stray = palette[torch.randint(len(palette), (b, 8), generator=g)][..., None, None]
+    for k in range(8):
+        blob = ellipse(u(-1, 1), u(-1, 1), 0.08 + 0.06 * (k % 3), 0.06 + 0.04 * (k % 2), k, (x, y))
+        img = img + blob * (stray[:, k] - img)
+    for cover, paint in (
+        (ellipse(-0.62, 0.24, 0.32, 0.1, -0.35), colour[:, 3]),
+        (ellipse(0, 0.08, 0.46, 0.29), tint),
+        (ellipse(0.36, -0.25, 0.22, 0.2), tint * 1.05),
+        (ellipse(0.66, -0.22, 0.17, 0.07, 0.1), colour[:, 0]),
+        (ellipse(0.34, -0.37, 0.19, 0.1, 0.1), colour[:, 1]),
+        (ellipse(0.43, -0.24, 0.05, 0.05), torch.tensor(0.05)),
+        (ellipse(-0.12, 0.06, 0.33, 0.17, -0.15), tint * 0.7),
+        (ellipse(-0.05, 0.08, 0.08, 0.18, 0.3), colour[:, 2]),
+    ):
+        img = img + cover * (paint - img)
+    light = u(0.75, 1.1) + u(-0.15, 0.15) * x + u(-0.15, 0.15) * y
+    img = img * light + torch.randn(img.shape, generator=g) * u(0.01, 0.04)
+    return (img[:n].clamp(0, 1) * 255).round().to(torch.uint8), labels[:n]
