@@ -1,0 +1,1129 @@
+"""Caudo-Diff."""
+
+import argparse
+import contextlib
+import copy
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from tqdm import tqdm
+
+from crf import DenseCRF, unary_from_softmax
+from data import (
+    IMAGE_SUFFIXES,
+    DataError,
+    _pairs,
+    augment,
+    load_segmentation,
+    parse_size,
+    read_image,
+    read_mask,
+)
+
+METHOD = "caudo_diff"
+T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
+PR = [0.1, 0.25, 0.45, 0.33, 0.6]
+METRICS = ["dice", "iou", "precision", "recall"]
+ROWS = {
+    "exemplar_only": "exemplar only",
+    "self_training": "self-training",
+    "caudo_diff_unguided": "Caudo-Diff, unguided",
+    "caudo_diff": "Caudo-Diff",
+    "caudo_diff_crf": "Caudo-Diff + CRF",
+    "full_supervision": "full supervision",
+}
+KNOBS = ("rounds", "t_star", "guidance", "ddim_steps", "start")  # of training, kept by --resume
+
+# ==================================================================================================
+# 1. Command line
+# ==================================================================================================
+
+
+def parse_args(argv=None):
+    """Parse and check the command line; the defaults reproduce the results table."""
+    p = argparse.ArgumentParser(
+        description="Caudo-Diff: segmentation from one labelled exemplar by calibrated labels",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
+    add("--data-root", default="data", help="folder that holds, or will receive, the data set")
+    add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
+    add("--steps", type=int, default=300, help="steps of the first stage; a round has half (ours)")
+    add("--epochs", type=int, help="gives --steps as passes over the training images")
+    add("--max-steps", type=int, help="at most this many steps in every stage")
+    add("--batch-size", type=int, default=24, help="images in a training step")
+    add("--lr", type=float, default=2e-3, help="peak of AdamW's cosine schedule (ours)")
+    add("--seed", type=int, default=0, help="seed of weights, batches and noise")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--amp", default="auto", choices=["auto", "on", "off"], help="bf16 autocast")
+    add("--compile", action="store_true", help="torch.compile the networks in training")
+    add("--num-workers", type=int, default=8, help="threads that decode images, first run only")
+    add("--out", default="out", help="results go to OUT/caudo_diff/DATA/seedK")
+    add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
+    add("--eval-only", action="store_true", help="no training: evaluate the saved networks")
+    add("--checkpoint", help="file for --predict [best.pt in --out]")
+    add("--predict", nargs="+", metavar="PATH", help="segment these images or folders of images")
+    add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
+    add("--compare", action=on_off, default=True, help="also train the methods compared with")
+    add("--exemplar", nargs="+", default=["auto"], metavar="ID", help="ids, auto or auto:N")
+    add("--rounds", type=int, default=3, help="rounds of calibration and retraining (ours)")
+    add("--t-star", type=int, default=500, help="diffusion step that calibration goes to (ours)")
+    add("--guidance", type=float, default=1.5, help="classifier-free guidance weight w (ours)")
+    add("--ddim-steps", type=int, default=5, help="DDIM steps from 0 to t* and back (ours)")
+    add("--start", default="inversion", choices=["inversion", "noise"], help="way to t* (ours)")
+    add("--latent-factor", type=int, default=4, choices=[4, 8], help="pixels per latent (ours)")
+    add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
+    add("--sxy-bilateral", type=float, default=10.0, help="CRF: pixels (ours)")
+    add("--srgb", type=float, default=8.0, help="CRF: grey levels (ours)")
+    add("--compat-bilateral", type=float, default=3.0, help="CRF: weight (ours)")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    args = p.parse_args(argv)
+    if args.quick:
+        args.max_steps = args.max_steps or 6
+        args.batch_size = min(8, args.batch_size)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    args.max_steps = args.max_steps or 10**9
+    args.bf16 = args.amp == "on" or (
+        args.amp == "auto" and (args.device.startswith("cuda") or bf16_cpu)
+    )
+    return args
+
+
+# ==================================================================================================
+# 2. The method's mathematics: pure functions on tensors
+# ==================================================================================================
+
+# Linear betas 1e-4 .. 0.02; ALPHA_BAR[t] is the share of signal variance left after step t.
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0).float()
+
+
+def add_noise(x0, t, eps):
+    """Noise images: x0, eps (B, C, H, W), x0 in [-1, 1]; t (B,) int64 in 0..T-1. Returns xt."""
+    a = ALPHA_BAR.to(x0.device)[t][:, None, None, None]  # (B, 1, 1, 1)
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [DiffSeg, G]
+
+
+def ddim_step(xt, x0_hat, t, t_next):
+    """One deterministic DDIM step (eta = 0) from t to t_next, either direction; t: ints."""
+    a, a_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
+    eps_hat = (xt - math.sqrt(a) * x0_hat) / math.sqrt(1 - a)
+    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat
+
+
+def ddim_times(args):
+    """The steps [0, ..., t*] of the way up; calibration takes them back."""
+    return torch.linspace(0, args.t_star, args.ddim_steps + 1).round().long().tolist()
+
+
+def ddim_roundtrip(x0_free, x0_guided, z, times, eps=None):
+    """z at t = 0 -> t* by DDIM inversion under x0_free -> 0 by DDIM under x0_guided."""
+    if eps is None:
+        for t, t_next in zip(times[:-1], times[1:], strict=True):
+            z = ddim_step(z, x0_free(z, t), t, t_next)
+    else:
+        z = add_noise(z, torch.full((len(z),), times[-1], device=z.device), eps)
+    path = [z]
+    for t, t_next in zip(times[:0:-1], times[-2::-1], strict=True):
+        z = ddim_step(z, x0_guided(z, t), t, t_next)
+        path.append(z)
+    return z, path
+
+
+def colour_statistics(img):
+    """Mean and std of an image's log colours, dark corners and frames left out.
+
+    img: (B, 3, H, W) in [0, 1]. Returns mean and std (B, 3, 1, 1), lit (B, 1, H, W) in [0, 1].
+    """
+    y, lit = opponent(img), torch.sigmoid((img.mean(1, keepdim=True) - 0.15) / 0.03)
+    n = lit.sum((2, 3), keepdim=True) + 1
+    mean = (y * lit).sum((2, 3), keepdim=True) / n
+    std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(n).sqrt()
+    return mean, std, lit
+
+
+OPPONENT = torch.tensor([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]])
+OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
+
+
+def opponent(img):
+    return torch.einsum("ij,bjhw->bihw", OPPONENT.to(img), (img + 0.05).log())
+
+
+def from_opponent(y):
+    return torch.einsum("ji,bjhw->bihw", OPPONENT.to(y), y).exp() - 0.05
+
+
+def contrast_map(img, p):
+    """How much each pixel's colour resembles p's inside, from the image alone.
+
+    Linear discriminant of the colours inside and outside p (B, 1, H, W): +1 at the mean colour
+    inside, -1 at that outside; 0 where they do not differ. (B, 1, H, W), clamped to -3..3.
+    """
+    y = opponent(img.float()).flatten(2)  # (B, 3, N)
+    w1 = p.float().flatten(2) + 1e-4  # (B, 1, N)
+    w0 = 1 - w1 + 2e-4
+    mu = [(y * w).sum(2, keepdim=True) / w.sum(2, keepdim=True) for w in (w1, w0)]  # (B, 3, 1)
+    cov = 1e-3 * torch.eye(3, device=y.device)
+    for w, m in zip((w1, w0), mu, strict=True):
+        d = (y - m) * w.sqrt()
+        cov = cov + d @ d.transpose(1, 2) / y.shape[2]
+    delta = mu[0] - mu[1]
+    normal = torch.linalg.solve(cov, delta)  # (B, 3, 1)
+    far = (delta * normal).sum(1, keepdim=True)  # (B, 1, 1) squared Mahalanobis distance
+    score = (normal * (y - (mu[0] + mu[1]) / 2)).sum(1, keepdim=True)  # log likelihood ratio
+    score = 2 * score / (far + 0.3)
+    return score.clamp(-3, 3).view_as(p)
+
+
+def corrupt(mask):
+    """Masks (B, 1, H, W) in {0, 1} with the errors of a bad segmenter, soft in [0, 1]."""
+    b, _, h, w = mask.shape
+    dev = mask.device
+
+    def u(lo, hi):
+        return (lo + (hi - lo) * torch.rand(b, 1, 1, 1)).to(dev)
+
+    def field(cells):
+        z = torch.randn(b, 1, cells, cells).to(dev)
+        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
+
+    # level > 0: inside; adding smooth noise moves the border, opens holes and adds blobs
+    soft = mask
+    for _ in range(2):
+        soft = F.avg_pool2d(F.pad(soft, (3, 3, 3, 3), mode="replicate"), 7, 1)
+    level = 2 * soft - 1 + u(-0.7, 0.7)
+    level = level + u(0, 0.8) * field(4) + u(0, 0.6) * field(8)
+    blob = u(-1.0, 0.4).clamp(min=0) * 3 * (field(6) - 0.8)
+    level = torch.maximum(level, torch.where(blob > 0, blob, level))
+    drop = u(-1.0, 0.5).clamp(min=0) * 3 * (field(5) - 0.6)
+    level = torch.minimum(level, torch.where(drop > 0, -drop, level))
+    return torch.sigmoid(level * u(2, 12))
+
+
+def reliability(p0, p1):
+    """Weight of each pixel: agreement of p0 and p1 times the distance of p1 from 1/2."""
+    return (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()
+
+
+def overlap_metrics(pred, mask):
+    """Per-image metrics of binary pred and mask, both (B, 1, H, W): a dict of (B,) tensors.
+
+    An empty prediction of an empty mask scores 1 throughout. thresholded_jaccard is the ISIC
+    challenge's: IoU, counted as 0 below 0.65.
+    """
+    pred, mask = pred.flatten(1).float(), mask.flatten(1).float()
+    inter, p, m = (pred * mask).sum(1), pred.sum(1), mask.sum(1)
+
+    def ratio(x, y):
+        return torch.where(y > 0, x / y.clamp(min=1), (p + m == 0).float())
+
+    iou = ratio(inter, p + m - inter)
+    out = {"dice": ratio(2 * inter, p + m), "iou": iou}
+    out |= {"precision": ratio(inter, p), "recall": ratio(inter, m)}
+    return out | {"thresholded_jaccard": torch.where(iou < 0.65, torch.zeros_like(iou), iou)}
+
+
+def segmentation_loss(logits, mask, weight=None):
+    """Weighted cross-entropy plus soft Dice: logits, mask, weight (B, 1, H, W)."""
+    weight = torch.ones_like(mask) if weight is None else weight
+    bce = F.binary_cross_entropy_with_logits(logits, mask, weight, reduction="sum")
+    p, m = logits.sigmoid() * weight, mask * weight
+    overlap = (2 * (p * mask).sum((1, 2, 3)) + 1) / (p.sum((1, 2, 3)) + m.sum((1, 2, 3)) + 1)
+    return bce / weight.sum().clamp(min=1) + 1 - overlap.mean()
+
+
+# ==================================================================================================
+# 3. Model
+# ==================================================================================================
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions with a skip, scaled and shifted by the embedding of (t, y)."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout=0.1):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.film = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # each block starts as its skip
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)  # (B, C, 1, 1) each
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return self.skip(x) + self.conv2(self.dropout(h))
+
+
+class UNet(nn.Module):
+    """Segmenter f: x (B, 3, H, W) in [0, 1] -> logits (B, 1, H, W), h (B, 2 width, H/8, W/8)."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        widths, c = [width, width * 3 // 2, width * 2], width
+        self.stem = nn.Conv2d(12, c, 3, padding=1)
+        self.down, self.shrink, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level, c_next in enumerate(widths):
+            self.down.append(Block(c, c_next, 1))
+            last = level == len(widths) - 1
+            self.shrink.append(
+                nn.Identity() if last else nn.Conv2d(c_next, c_next, 3, stride=2, padding=1)
+            )
+            c = c_next
+        self.middle = Block(c, c, 1)
+        for c_next in reversed(widths):
+            self.up.append(Block(c + c_next, c_next, 1))
+            c = c_next
+        self.head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, 4, 3, padding=1))
+
+    def forward(self, x):
+        emb = x.new_zeros(len(x), 1)  # no time here: each block learns a constant instead
+        x = F.pixel_unshuffle(4 * x - 2, 2)  # (B, 12, H/2, W/2): a quarter of the cost
+        h, skips = self.stem(x.contiguous(memory_format=torch.channels_last)), []
+        for block, shrink in zip(self.down, self.shrink, strict=True):
+            h = block(h, emb)
+            skips.append(h)
+            h = shrink(h)
+        h = bottleneck = self.middle(h, emb)
+        for i, block in enumerate(self.up):
+            h = F.interpolate(h, scale_factor=2.0) if i else h
+            h = block(torch.cat([h, skips.pop()], 1), emb)
+        return F.pixel_shuffle(self.head(h), 2).float(), bottleneck.float()
+
+
+class Autoencoder(nn.Module):
+    """Mask encoder E (B, 1, H, W) -> (B, C, H/f, W/f) and decoder G back to logits."""
+
+    def __init__(self, factor, channels=8, width=64):
+        super().__init__()
+        c = factor**2
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(factor), nn.Conv2d(c, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, channels, 3, padding=1),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, c, 3, padding=1), nn.PixelShuffle(factor),
+        )  # fmt: skip
+
+    def encode(self, mask):
+        return self.encoder(2 * mask - 1).float()
+
+    def decode(self, z):
+        return self.decoder(z).float()
+
+
+class Denoiser(nn.Module):
+    """Guided denoiser g(zt, t, c) -> x0_hat, all latents (B, C, h, w)."""
+
+    def __init__(self, factor, c_h, channels=8, width=64):
+        super().__init__()
+        c_emb = 4 * width
+        self.factor = factor
+        self.project = nn.Conv2d(c_h, 16, 1)  # of the segmenter's features h
+        c_in = 2 * channels + 16 + 5 * factor**2
+        self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.stem = nn.Conv2d(c_in, width, 3, padding=1)
+        self.fine = nn.ModuleList(Block(width, width, c_emb) for _ in range(2))
+        self.coarse = nn.ModuleList(Block(width, width, c_emb) for _ in range(3))
+        self.out = nn.ModuleList([Block(2 * width, width, c_emb), Block(width, width, c_emb)])
+        self.head = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
+        )
+        nn.init.zeros_(self.head[-1].weight)
+
+    def condition(self, x, p, h, z_p):
+        """c (B, C', h, w) of images x, pseudo-labels p, features h and z_p = E(p)."""
+        pixels = torch.cat([4 * x - 2, 2 * p - 1, contrast_map(x, p)], 1)  # (B, 5, H, W)
+        h = self.project(h / (h.square().mean((1, 2, 3), keepdim=True) + 1e-3).sqrt())
+        h = F.interpolate(h.float(), z_p.shape[2:], mode="bilinear")
+        return torch.cat([z_p, h, F.pixel_unshuffle(pixels, self.factor)], 1)
+
+    def forward(self, zt, t, c):
+        freq = torch.exp(-math.log(1e4) * torch.arange(32, device=zt.device) / 32)
+        phase = t.float()[:, None] * freq  # (B, 32)
+        emb = F.silu(self.time(torch.cat([phase.sin(), phase.cos()], 1)))
+        x = torch.cat([zt, c], 1).contiguous(memory_format=torch.channels_last)
+        h = self.stem(x)
+        for block in self.fine:
+            h = block(h, emb)
+        low = F.avg_pool2d(h, 2, ceil_mode=True)
+        for block in self.coarse:
+            low = block(low, emb)
+        h = torch.cat([h, F.interpolate(low, h.shape[2:])], 1)
+        for block in self.out:
+            h = block(h, emb)
+        v = self.head(h).float()
+        a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
+        return a.sqrt() * zt - (1 - a).sqrt() * v
+
+
+# ==================================================================================================
+# 4. Inference
+# ==================================================================================================
+
+
+def autocast(args):
+    """bf16 autocast on the run's device where --amp says so."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
+
+
+def batched(function, images, *rest, size=64):
+    """Apply function to chunks of images (N, ...); its outputs, concatenated on the CPU."""
+    parts = [
+        function(*chunk) for chunk in zip(*(x.split(size) for x in (images, *rest)), strict=True)
+    ]
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(x).cpu() for x in zip(*parts, strict=True))
+    return torch.cat(parts).cpu()
+
+
+@torch.no_grad()
+def segment(net, img, args):
+    """Images uint8 (B, 3, H, W) -> (probabilities (B, 1, H, W), features h)."""
+    with autocast(args):
+        logits, h = net(img.to(args.device).float() / 255)
+    return logits.sigmoid(), h
+
+
+@torch.no_grad()
+def calibrate(nets, img, p0, h, args, guided=True, path=False):
+    """Calibrate pseudo-labels p0 (B, 1, H, W): returns p1 of the same shape."""
+    ae, g = nets["autoencoder"], nets["denoiser"]
+    x, p0, h = img.to(args.device).float() / 255, p0.to(args.device), h.to(args.device)
+    with autocast(args):
+        z = ae.encode(p0)
+        c = g.condition(x, p0, h, z).float() * guided
+        null = torch.zeros_like(c)
+
+        def x0_free(zt, t):
+            return g(zt, torch.full((len(zt),), t, device=zt.device), null)
+
+        def x0_guided(zt, t):
+            t = torch.full((len(zt),), t, device=zt.device)
+            x0 = g(zt, t, c)
+            if guided and args.guidance != 1:
+                free = g(zt, t, null)
+                x0 = free + args.guidance * (x0 - free)
+            return x0
+
+        eps = None
+        if args.start == "noise":
+            eps = torch.randn(1, *z.shape[1:], generator=torch.Generator().manual_seed(args.seed))
+            eps = eps.to(z).expand_as(z)
+        z, way = ddim_roundtrip(x0_free, x0_guided, z, ddim_times(args), eps)
+        p1 = ae.decode(z).sigmoid()
+        return torch.cat([ae.decode(w).sigmoid() for w in way], 1) if path else p1
+
+
+def consensus(masks):
+    """Majority of raters or outputs, (B, N, H, W) -> (B, 1, H, W) bool; a tie counts as lesion."""
+    return masks.float().mean(1, keepdim=True) >= 0.5
+
+
+def crf_refine(p, img, args):
+    """Refine probabilities p (B, 1, H, W) of images uint8 by the dense CRF: the same shape."""
+    crf = DenseCRF(
+        compat_gaussian=0,
+        sxy_bilateral=args.sxy_bilateral,
+        srgb=args.srgb,
+        compat_bilateral=args.compat_bilateral,
+    )
+    p = p.to(args.device)
+    return crf(unary_from_softmax(torch.cat([1 - p, p], 1)), img.to(p.device))[:, 1:]
+
+
+# ==================================================================================================
+# 5. Evaluation and figures
+# ==================================================================================================
+
+
+def evaluate(segmenters, data, args):
+    """Evaluate segmenters {row: net} on one split: per-image metrics {row: {metric: (N,)}}."""
+    truth, rows = consensus(data.masks), {}
+    for row, net in segmenters.items():
+        p = batched(lambda x, net=net: segment(net, x, args)[0], data.images)
+        rows[row] = overlap_metrics(p > 0.5, truth)
+        if row == "caudo_diff":
+            p = batched(lambda *x: crf_refine(*x, args), p, data.images)
+            rows["caudo_diff_crf"] = overlap_metrics(p > 0.5, truth)
+    return {row: {m: rows[row][m] for m in METRICS} for row in ROWS if row in rows}
+
+
+def colour_map(x):
+    """Map x (H, W) in [0, 1] to colours uint8 (H, W, 3), black over violet and orange to white."""
+    stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 200]])
+    x = np.asarray(x, dtype=float).clip(0, 1)
+    channels = [np.interp(x, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def outline(img, mask, colour=(0, 255, 160)):
+    """Draw the border of mask (H, W) bool on img uint8 (H, W, 3); returns a new array."""
+    m = torch.as_tensor(mask).float()[None, None]
+    edge = (F.max_pool2d(m, 3, 1, 1) != m)[0, 0].numpy()
+    return np.where(edge[..., None], np.array(colour, dtype=np.uint8), img)
+
+
+def draw_sheet(rows, path, titles=(), names=None, scale=2):
+    """Write a PNG of rows of tiles (uint8 (H, W, 3), caption), below titles, beside names."""
+    height, width = rows[0][0][0].shape[:2]
+    w, h, top = width * scale + 4, height * scale + 16, 16 if titles else 0
+    bar = 62 if names else 0
+    sheet = Image.new("RGB", (bar + w * max(map(len, rows)), top + h * len(rows)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for c, text in enumerate(titles):
+        pen.text((bar + c * w + 2, 1), text, "black", font=font)
+    for r, row in enumerate(rows):
+        if names:
+            pen.text((2, top + r * h + 4), names[r], "black", font=font)
+        for c, (tile, text) in enumerate(row):
+            big = Image.fromarray(tile).resize((width * scale, height * scale), 0)
+            sheet.paste(big, (bar + c * w, top + r * h))
+            pen.text((bar + c * w + 2, top + r * h + height * scale), text, "black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def draw_expansion(expansion, args, path):
+    """Write the exemplar, and 15 pairs made from it, with the outlines of their masks."""
+    torch.manual_seed(args.seed)
+    x, m = expansion(15)
+    x, m = torch.cat([expansion.x, x]).cpu(), torch.cat([expansion.m, m]).cpu()
+    pixels = (x * 255).byte().permute(0, 2, 3, 1).numpy()
+    tiles = [(outline(a, b[0] > 0.5), "") for a, b in zip(pixels, m, strict=True)]
+    tiles[0] = tiles[0][0], "the exemplar"
+    draw_sheet([tiles[:8], tiles[8:]], path)
+
+
+def draw_calibration(nets, first, final, data, args, path):
+    """Write the way of best, median and worst images, by the final Dice, through latent space."""
+    truth = consensus(data.masks)
+    p0, h = batched(lambda x: segment(first, x, args), data.images)
+    pred = batched(lambda x: segment(final, x, args)[0], data.images)
+    order = overlap_metrics(pred > 0.5, truth)["dice"].argsort(descending=True).tolist()
+    n = len(order)
+    places = {"best": order[: min(2, n)], "median": order[n // 2 : n // 2 + 2], "worst": order[-2:]}
+    picks = [(name, i) for name, indices in places.items() for i in indices]
+    index = [i for _, i in picks]
+    way = calibrate(nets, data.images[index], p0[index], h[index], args, path=True).cpu()
+    times = ddim_times(args)[::-1]
+    shown = sorted({0, len(times) // 3, 2 * len(times) // 3})
+    titles = ["image + truth", "initial p0", *(f"t = {times[k]}" for k in shown)]
+    titles += ["calibrated p1", "Caudo-Diff", "truth"]
+    rows = []
+    for (_, i), steps in zip(picks, way, strict=True):
+        img = data.images[i].permute(1, 2, 0).numpy()
+
+        def tile(p, i=i):
+            dice = overlap_metrics(p[None, None] > 0.5, truth[i : i + 1])["dice"].item()
+            return colour_map(p), f"Dice {dice:.2f}"
+
+        row = [(outline(img, truth[i, 0]), ""), tile(p0[i, 0]), *(tile(steps[k]) for k in shown)]
+        result = outline(img, pred[i, 0] > 0.5, (255, 230, 0)), tile(pred[i, 0])[1]
+        rows.append([*row, tile(steps[-1]), result, (colour_map(truth[i, 0]), "")])
+    draw_sheet(rows, path, titles, [f"{name}\n{data.ids[i][-7:]}" for name, i in picks])
+
+
+def predict(net, args, folder):
+    """Segment --predict files; per image a mask, overlay and probability PNG and a json.
+
+    All are in the image's own size. A file that cannot be read is reported and the others go on;
+    the returned list holds those errors.
+    """
+    files, errors = [], []
+    for path in map(Path, args.predict):
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [p for p in inside if p == path or p.suffix.lower() in IMAGE_SUFFIXES]
+        files += found
+        if not found:
+            errors.append(f"--predict {path}: no image in this folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    used = set()
+    for path in tqdm(files, "predict", unit="image", disable=None):
+        try:
+            img = read_image(path)  # uint8 (3, H, W)
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        size = img.shape[1:]
+        small = F.interpolate(img[None].float(), args.size, mode="bilinear", antialias=True)
+        small = small.round().clamp(0, 255).to(torch.uint8)
+        p, _ = segment(net, small, args)
+        p = F.interpolate(p, size, mode="bilinear", align_corners=False)[0, 0].cpu()
+        stem, k = path.stem, 2
+        while stem in used:
+            stem, k = f"{path.stem}_{k}", k + 1
+        used.add(stem)
+        overlay = outline(img.permute(1, 2, 0).numpy(), p > 0.5, (255, 230, 0))
+        mask = (p > 0.5).numpy().astype(np.uint8) * 255
+        for name, pixels in {
+            "mask": mask,
+            "overlay": overlay,
+            "probability": colour_map(p),
+        }.items():
+            Image.fromarray(pixels).save(folder / f"{stem}_{name}.png")
+        numbers = {"file": str(path), "width": size[1], "height": size[0]}
+        numbers["share"] = (p > 0.5).float().mean().item()
+        (folder / f"{stem}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    return errors
+
+
+# ==================================================================================================
+# 6. Exemplar expansion, losses and training
+# ==================================================================================================
+
+
+class Expansion:
+    """Step 1: labelled pairs made from one exemplar and unlabelled images."""
+
+    def __init__(self, img, mask, images, args):
+        self.x = img[None].to(args.device).float() / 255  # (1, 3, H, W)
+        self.m = mask[None].to(args.device).float()  # (1, 1, H, W)
+        self.images = images.to(args.device)
+        self.mean, self.std = batched(
+            lambda i: colour_statistics(i.to(args.device).float() / 255)[:2], images
+        )
+        self.mean, self.std = self.mean.to(args.device), self.std.to(args.device)
+        ring = F.max_pool2d(self.m, 15, 1, 7) - F.max_pool2d(self.m, 3, 1, 1)
+        y = (self.x + 0.05).log()
+        self.skin = (y * ring).sum((2, 3), keepdim=True) / ring.sum((2, 3), keepdim=True)
+        h, w = self.m.shape[2:]
+        pos = self.m[0, 0].nonzero().float().mean(0)
+        self.centre = torch.stack([(2 * pos[1] + 1) / w - 1, (2 * pos[0] + 1) / h - 1]).cpu()
+        self.radius = (self.m.mean().item() / math.pi) ** 0.5  # share of the image's side
+
+    def grid(self, b, scale, centre_out, centre_in, elastic):
+        """Sampling grid (B, H, W, 2): random turn, aspect, elastic warp; scale > 1 magnifies."""
+        h, w = self.m.shape[2:]
+        turn = 2 * math.pi * torch.rand(b)
+        flip = torch.randint(0, 2, (b,)) * 2.0 - 1
+        aspect = torch.exp(0.2 * torch.randn(b))
+        ratio = w / h
+        cos, sin = turn.cos() / scale, turn.sin() / scale
+        a = torch.stack(
+            [
+                torch.stack([cos * aspect * flip, -sin / ratio / aspect], 1),
+                torch.stack([sin * ratio * aspect * flip, cos / aspect], 1),
+            ],
+            1,
+        )  # (B, 2, 2)
+        shift = centre_in - (a @ centre_out[:, :, None])[:, :, 0]
+        theta = torch.cat([a, shift[:, :, None]], 2)
+        grid = F.affine_grid(theta, (b, 1, h, w), align_corners=False)
+        for cells, amp in ((4, 0.16), (7, 0.08)):
+            z = torch.randn(b, 2, cells, cells) * torch.rand(b, 1, 1, 1) * amp * elastic
+            z = z / scale.clamp(min=0.5)[:, None, None, None]
+            z = F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
+            grid = grid + z.permute(0, 2, 3, 1)
+        return grid.to(self.x.device)
+
+    def __call__(self, b):
+        """Draw images (b, 3, H, W) in [0, 1] and masks (b, 1, H, W) in {0, 1}."""
+        dev = self.x.device
+        n_paste = int(b * PR[3])
+        both = torch.cat([self.x, self.m], 1)
+        h, w = self.m.shape[2:]
+
+        def u(lo, hi, *shape):
+            return lo + (hi - lo) * torch.rand(*shape)
+
+        # whole: warps of the whole exemplar
+        n = b - n_paste
+        scale = torch.exp(u(-0.1, 0.6, n))
+        out = u(-0.5, 0.5, n, 2)
+        grid = self.grid(n, scale, out, self.centre + 0 * out, 1.0)
+        warped = F.grid_sample(
+            both.expand(n, -1, -1, -1), grid, padding_mode="reflection", align_corners=False
+        )
+        y, m = opponent(warped[:, :3].clamp(0, 1)), warped[:, 3:]
+        mean, std, lit = colour_statistics(warped[:, :3].clamp(0, 1))
+        j = torch.randint(len(self.images), (n,)).to(dev)
+        gain = ((self.std[j] + 0.02) / (std + 0.02)).clamp(0.5, 2)
+        y = y + lit * ((y - mean) * gain + self.mean[j] - y)
+        y1 = torch.einsum("ji,bjhw->bihw", OPPONENT.to(y), y)
+        # paste
+        n = n_paste
+        radius = torch.exp(u(math.log(PR[0]), math.log(0.42), n))
+        scale = radius / self.radius
+        out = u(-PR[4], PR[4], n, 2)
+        grid = self.grid(n, scale, out, self.centre + 0 * out, 1.5)
+        warped = F.grid_sample(
+            both.expand(n, -1, -1, -1), grid, padding_mode="zeros", align_corners=False
+        )
+        x, m2 = warped[:, :3], warped[:, 3:]
+        j = torch.randint(len(self.images), (n,)).to(dev)
+        side = u(PR[1], PR[2], n)
+        corner = torch.randint(0, 2, (n, 2)) * 2.0 - 1
+        along = torch.rand(n, 1) < 0.5
+        place = corner * (1 - side[:, None])
+        slide = u(-1, 1, n, 2) * (1 - side[:, None])
+        place = torch.where(torch.cat([along, ~along], 1), slide, place)
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = side
+        theta[:, :, 2] = place
+        bg_grid = F.affine_grid(theta, (n, 1, h, w), align_corners=False).to(dev)
+        bg = F.grid_sample(self.images[j].float() / 255, bg_grid, align_corners=False)
+        d = (x + 0.05).log() - self.skin
+        soft = m2
+        y2 = (bg + 0.05).log() + soft * d
+        # lesion contrast
+        m = torch.cat([m, m2])
+        y = torch.cat([y1, y2])
+        inside = (y * m).sum((2, 3), keepdim=True) / (m.sum((2, 3), keepdim=True) + 1)
+        outside = (y * (1 - m)).sum((2, 3), keepdim=True) / ((1 - m).sum((2, 3), keepdim=True) + 1)
+        d = inside - outside
+        blur = u(0, 1, b, 1, 1, 1).to(dev)
+        wide = F.avg_pool2d(F.pad(m, (2, 2, 2, 2), mode="replicate"), 5, 1)
+        soft = m * (1 - blur) + wide * blur
+        texture = F.interpolate(torch.randn(b, 1, 6, 8), (h, w), mode="bicubic").to(dev)
+        gain = u(-0.7, 0.5, b, 1, 1, 1).to(dev) + 0.2 * torch.randn(b, 3, 1, 1).to(dev)
+        y = y + soft * (gain * d + 0.15 * u(0, 1, b, 1, 1, 1).to(dev) * texture)
+        x = (y.exp() - 0.05).clamp(0, 1)
+        return augment(x, (m > 0.5).float())
+
+
+def strong_view(x):
+    """Photometric noise for the student: gain, gamma, contrast, blur, cut-out."""
+    b, _, h, w = x.shape
+    dev = x.device
+
+    def u(lo, hi, *shape):
+        return (lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)))).to(dev)
+
+    mean = x.mean((2, 3), keepdim=True)
+    x = mean + (x - mean) * torch.exp(u(-0.5, 0.4))
+    x = x * torch.exp(u(-0.3, 0.3) + u(-0.12, 0.12, 3, 1, 1))
+    x = x.clamp(0, 1) ** torch.exp(u(-0.3, 0.3))
+    light = F.interpolate(torch.randn(b, 1, 3, 3), (h, w), mode="bicubic", align_corners=True)
+    x = x * (1 + u(0, 0.15) * light.to(dev))
+    x = x + torch.randn(x.shape).to(dev) * u(0, 0.03)
+    return x.clamp(0, 1)
+
+
+def save_checkpoint(state, path):
+    """Write state to path so that either the old file or the whole new one is there, never half."""
+    buffer, temp = io.BytesIO(), path.with_suffix(".tmp")
+    torch.save(state, buffer)
+    try:
+        temp.write_bytes(buffer.getbuffer())
+        os.replace(temp, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+        raise DataError(
+            f"cannot write {path} ({error.strerror}); older files are intact"
+        ) from error
+
+
+def segmenter_loss(net, expansion, pseudo, args):
+    b = args.batch_size
+    n_u = 0 if pseudo is None else b * 2 // 3
+    x, m = expansion(b - n_u)
+    w = torch.ones_like(m)
+    if n_u:
+        images, target, weight = pseudo
+        i = torch.randint(len(images), (n_u,))
+        xu, tu = augment(
+            images[i].to(args.device).float() / 255,
+            torch.cat([target[i], weight[i]], 1).to(args.device),
+        )
+        x, m, w = torch.cat([x, xu]), torch.cat([m, tu[:, :1]]), torch.cat([w, tu[:, 1:]])
+    logits, _ = net(strong_view(x))
+    return segmentation_loss(logits, m, w)
+
+
+def full_loss(net, data, args):
+    """The loss of full supervision: all masks, each image with one random rater."""
+    i = torch.randint(len(data), (args.batch_size,))
+    rater = torch.randint(data.masks.shape[1], (args.batch_size,))
+    x, m = data.images[i].to(args.device), data.masks[i, rater][:, None].to(args.device)
+    x, m = augment(x.float() / 255, m.float())
+    return segmentation_loss(net(strong_view(x))[0], m)
+
+
+def autoencoder_loss(net, expansion, args):
+    _, m = expansion(args.batch_size)
+    m = torch.cat([m, corrupt(m)])
+    z = net.encode(m)
+    logits = net.decode(z + 0.05 * torch.randn_like(z))
+    unit = z.mean().square() + (z.std() - 1).square()  # latents of unit variance
+    return F.binary_cross_entropy_with_logits(logits, m) + 0.1 * unit
+
+
+def denoiser_loss(net, expansion, segmenter, ae, args):
+    b = args.batch_size
+    x, m = expansion(b)
+    x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
+    with torch.no_grad():
+        logits, h = segmenter(strong_view(x))
+        p = torch.where(
+            torch.arange(b, device=x.device)[:, None, None, None] % 2 == 0,
+            corrupt(m),
+            logits.sigmoid(),
+        )
+        z0, z_p = ae.encode(m), ae.encode(p)
+    c = net.condition(x, p, h, z_p) * (torch.rand(b, 1, 1, 1).to(x) > 0.15)
+    t = torch.randint(T, (b,)).to(x.device)
+    zt = add_noise(z0, t, torch.randn_like(z0))
+    a = ALPHA_BAR.to(x.device)[t][:, None, None, None]
+    return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()
+
+
+def load_checkpoint(path, kind, args, fixed=("width", "size")):
+    """Read a checkpoint of stage kind, trained with the flags `fixed` as they are now.
+
+    Raises DataError if it is missing, broken, another method's or trained with other flags.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"no checkpoint {path}: train first, or name one by --checkpoint") from None
+    except Exception as error:  # torch and zipfile raise all kinds
+        raise DataError(f"{path} is not a readable checkpoint; train again") from error
+    if not isinstance(state, dict) or state.get("method") != METHOD or state.get("kind") != kind:
+        raise DataError(f"{path} is a checkpoint of something else, not of {kind} in {METHOD}.py")
+    for name in fixed:
+        was, now = state["args"][name], getattr(args, name)
+        if was != (list(now) if isinstance(now, tuple) else now):
+            flag = "x".join(map(str, was[::-1])) if name == "size" else was
+            raise DataError(f"{path} was trained with --{name} {flag}: pass that flag")
+    return state
+
+
+def stage_seed(seed, stage):
+    """Each stage has its own seed, so that stages do not depend on what ran before them."""
+    return int(hashlib.sha256(f"{seed}/{stage}".encode()).hexdigest()[:8], 16)
+
+
+def train(stage, net, loss_function, steps, args, folder):
+    """Train one network, the loop of all stages: (EMA network, seconds).
+
+    loss_function(net) draws a batch and returns its loss. <folder>/<stage>.pt holds all that
+    --resume needs; a finished stage is only loaded.
+    """
+    torch.manual_seed(stage_seed(args.seed, stage))
+    steps = min(steps, args.max_steps)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
+    file, step, seconds, log, smooth = folder / f"{stage}.pt", 0, 0.0, [], None
+    if args.eval_only or (args.resume and file.exists()):
+        state = load_checkpoint(file, stage, args)
+        for name in ("lr", "batch_size", "bf16", *KNOBS):
+            if (was := state["args"][name]) != getattr(args, name):
+                raise DataError(f"{file}: {name} was {was}, now {getattr(args, name)}; keep it")
+        ema.load_state_dict(state["ema"])
+        step, seconds, log, smooth = (state[k] for k in ("step", "seconds", "log", "smooth"))
+        if step < steps:
+            if args.eval_only:
+                raise DataError(f"{file}: stopped at step {step} of {steps}; --resume first")
+            net.load_state_dict(state["net"])
+            opt.load_state_dict(state["opt"])
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda_rng"])
+    forward = torch.compile(net) if args.compile else net
+    stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    start = time.time() - seconds
+    bar = tqdm(total=steps * args.batch_size, initial=step * args.batch_size, unit="img",
+               desc=stage, smoothing=0.05)  # fmt: skip
+    while step < steps:
+        net.train()
+        warm, cosine = min(1, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        for group in opt.param_groups:
+            group["lr"] = args.lr * warm * cosine
+        with autocast(args):
+            loss = loss_function(forward)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DataError(
+                f"loss is {value} at step {step}: try --lr {args.lr / 3:.0e} or --amp off"
+            )
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        step += 1
+        with torch.no_grad():
+            decay = min(0.99, step / (step + 10))  # short memory first: the start is forgotten
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+        bar.update(args.batch_size)
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if step % args.save_every and step < steps and not stop:
+            continue
+        rng = torch.get_rng_state()
+        seconds = time.time() - start
+        log.append([stage, step, round(smooth, 6)])
+        state = {
+            "method": METHOD, "kind": stage, "ema": ema.state_dict(), "step": step,
+            "seconds": seconds, "log": log, "smooth": smooth,
+            "args": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()},
+        }  # fmt: skip
+        if step < steps:
+            cuda = args.device.startswith("cuda")
+            state |= {"net": net.state_dict(), "opt": opt.state_dict(), "rng": rng}
+            state |= {"cuda_rng": torch.cuda.get_rng_state() if cuda else None}
+        save_checkpoint(state, file)
+        if stop:
+            bar.close()
+            print(f"stopped at step {step} of {stage}; add --resume to go on", file=sys.stderr)
+            raise SystemExit(130)
+    bar.close()
+    signal.signal(signal.SIGINT, handler)
+    return ema, seconds
+
+
+def caudo_diff(method, first, nets, expansion, images, args, folder):
+    """Steps 5 and 6, R rounds: label the images, calibrate, retrain: (segmenter, labels, seconds).
+
+    method: "caudo_diff", "caudo_diff_unguided", "self_training" (p1 = p0) or "exemplar_only" (no
+    image is labelled). labels: the pairs (p0, p1) of all rounds.
+    """
+    segmenter, labels, seconds = first, [], 0
+    _, h = batched(lambda x: segment(first, x, args), images)
+    for r in range(1, args.rounds + 1):
+        pseudo = None
+        if method != "exemplar_only":
+            p0, _ = batched(lambda x: segment(segmenter, x, args), images)
+            p1 = p0
+            if method != "self_training":
+                guided = method == "caudo_diff"
+                p1 = batched(lambda *x: calibrate(nets, *x, args, guided), images, p0, h)
+            labels.append((p0, p1))
+            pseudo = images, (p1 > 0.5).float(), reliability(p0, p1)
+        segmenter, s = train(
+            f"{method}_{r}",
+            copy.deepcopy(segmenter).requires_grad_(True),
+            lambda net: segmenter_loss(net, expansion, pseudo, args),
+            max(1, args.steps // 2), args, folder,
+        )  # fmt: skip
+        seconds += s
+    return segmenter, labels, seconds
+
+
+# ==================================================================================================
+# 7. Main
+# ==================================================================================================
+
+
+def choose_exemplars(data, wanted):
+    """Indices of the exemplars: ids as given; auto:N are the N images nearest to the median.
+
+    Nearest by colour statistics and by the contrast of the centre, in median deviations; no mask
+    is read. Raises DataError for an unknown id.
+    """
+    x, (h, w) = data.images.float() / 255, data.images.shape[2:]
+    mean, std, _ = colour_statistics(x)
+    middle = opponent(x[:, :, h // 4 : -h // 4, w // 4 : -w // 4]).mean((2, 3))
+    s = torch.cat([mean.flatten(1), std.flatten(1), middle - mean.flatten(1)], 1)  # (N, 9)
+    off = (s - s.median(0).values).abs()
+    typical = (off / (off.median(0).values + 1e-6)).square().sum(1).argsort().tolist()
+    chosen = []
+    for name in wanted:
+        if name.split(":")[0] == "auto":
+            chosen += typical[: int(name[5:] or 1)]
+        elif name in data.ids:
+            chosen.append(data.ids.index(name))
+        else:
+            raise DataError(
+                f"--exemplar {name}: no such image in the training set; its first is {data.ids[0]}"
+            )
+    return list(dict.fromkeys(chosen))
+
+
+def read_exemplar_mask(name, args):
+    """The mask (1, H, W) bool of one training image; no other mask file is opened."""
+    if args.data == "synthetic":
+        data = load_segmentation(args.data, args.data_root, "train", args.size)
+        i = data.ids.index(name)
+        return consensus(data.masks[i : i + 1])[0]
+    pairs = _pairs(args.data, Path(args.data_root), "train", images_only=True)
+    image = next(p for (p,) in pairs if p.stem == name)
+    folder = image.parent.with_name(
+        "masks" if args.data == "folder" else "ISIC2018_Task1_Training_GroundTruth"
+    )
+    found = [p for p in folder.glob(f"{glob.escape(name)}*")
+             if p.stem.removesuffix("_segmentation") == name]  # fmt: skip
+    if not found:
+        raise DataError(f"{folder}: no mask of the exemplar {name}; add {name}.png")
+    mask = read_mask(found[0], args.size, exif_from=image).bool()
+    if not mask.any():
+        raise DataError(f"{found[0]}: the exemplar's mask is empty; choose another --exemplar")
+    return mask
+
+
+def summary(rows):
+    """{row: {metric: (N,)}} -> {row: {metric: {"mean", "std"}}}."""
+    return {
+        row: {
+            m: {"mean": v.mean().item(), "std": v.std(unbiased=False).item()}
+            for m, v in metrics.items()
+        }
+        for row, metrics in rows.items()
+    }
+
+
+def print_table(rows):
+    """Print mean metrics, a row per method."""
+    print(f"\n{'':24}" + "".join(f"{m:>11}" for m in METRICS))
+    for row, metrics in rows.items():
+        print(f"{ROWS.get(row, row):22}" + "".join(f"{metrics[m]['mean']:11.3f}" for m in METRICS))
+
+
+def run_exemplar(index, train_set, test, full, args, folder):
+    """Train and evaluate all methods with one exemplar; returns its record, written to disk too."""
+    name, seconds = train_set.ids[index], {}
+    folder.mkdir(parents=True, exist_ok=True)
+    mask = read_exemplar_mask(name, args)
+    others = [k for k in range(len(train_set)) if k != index]
+    images = train_set.images[others]
+    expansion = Expansion(train_set.images[index], mask, images, args)
+    draw_expansion(expansion, args, folder / "figures" / "expansion.png")
+
+    def stage(name, net, loss_function, steps):
+        net = net.to(args.device, memory_format=torch.channels_last)
+        ema, seconds[name] = train(name, net, loss_function, steps, args, folder)
+        return ema
+
+    torch.manual_seed(args.seed)
+    unet, ae = UNet(args.width), Autoencoder(args.latent_factor)
+    first = stage(
+        "exemplar", unet, lambda net: segmenter_loss(net, expansion, None, args), args.steps
+    )
+    ae = stage("autoencoder", ae, lambda net: autoencoder_loss(net, expansion, args), args.steps)
+    g = Denoiser(args.latent_factor, 2 * args.width)
+    g = stage(
+        "denoiser", g, lambda net: denoiser_loss(net, expansion, first, ae, args), 2 * args.steps
+    )
+    nets = {"autoencoder": ae, "denoiser": g}
+    methods = ["caudo_diff", "caudo_diff_unguided", "self_training", "exemplar_only"]
+    segmenters, labels = {}, {}
+    for method in methods[: None if args.compare else 1]:
+        segmenters[method], labels[method], seconds[method] = caudo_diff(
+            method, first, nets, expansion, images, args, folder
+        )
+    if full:
+        segmenters["full_supervision"] = full
+    rows = evaluate(segmenters, test, args)
+    draw_calibration(
+        nets, first, segmenters["caudo_diff"], test, args, folder / "figures" / "calibration.png"
+    )
+    record = {"exemplar": name, "seconds": seconds, "rows": summary(rows)}
+    if args.compare:  # all training is done: now the other masks may be looked at
+        truth = consensus(load(args, "train").masks[others])
+        record["rounds"] = {
+            method: [
+                {
+                    kind: {
+                        m: v.mean().item()
+                        for m, v in overlap_metrics(p > 0.5, truth).items()
+                        if m in METRICS
+                    }
+                    for kind, p in zip(("initial", "calibrated"), pair, strict=True)
+                }
+                for pair in labels[method]
+            ]
+            for method in methods[:3]
+        }
+        z = batched(lambda m: ae.decode(ae.encode(m.to(args.device).float())), truth)
+        record["autoencoder_dice"] = overlap_metrics(z > 0, truth)["dice"].mean().item()
+    (folder / "result.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def load(args, split, images_only=False):
+    data = load_segmentation(
+        args.data, args.data_root, split, args.size,
+        images_only=images_only, workers=args.num_workers,
+    )  # fmt: skip
+    n = 24 if args.quick else None
+    cut = {k: getattr(data, k)[:n] for k in ("ids", "images", "masks")}
+    return replace(data, **cut)
+
+
+def run(args):
+    """Load, train, evaluate, draw; returns the exit status."""
+    folder = Path(args.out) / METHOD / args.data / f"seed{args.seed}"
+    if args.predict:
+        checkpoint = Path(args.checkpoint) if args.checkpoint else folder / "best.pt"
+        net = UNet(args.width).to(args.device).eval()
+        net.load_state_dict(load_checkpoint(checkpoint, "segmenter", args)["ema"])
+        errors = predict(net, args, folder / "predictions")
+        print(f"predictions in {folder / 'predictions'}")
+        for error in errors:
+            print(f"caudo_diff.py: error: {error}", file=sys.stderr)
+        return 2 if errors else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    train_set, test = load(args, "train", images_only=True), load(args, "test")
+    if len(train_set) < 2:
+        raise DataError(f"{args.data_root}: no unlabelled image besides the exemplar; add some")
+    exemplars = choose_exemplars(train_set, args.exemplar)
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    if not args.resume and not args.eval_only:
+        for file in [*folder.glob("*.pt"), *folder.glob("*/*.pt")]:
+            file.unlink()
+    records = []
+    full, seconds = None, {}
+    if args.compare:
+        labelled = load(args, "train")
+        torch.manual_seed(args.seed)
+        net = UNet(args.width).to(args.device, memory_format=torch.channels_last)
+        full, seconds["full_supervision"] = train(
+            "full_supervision", net, lambda net: full_loss(net, labelled, args),
+            args.steps + args.rounds * max(1, args.steps // 2), args, folder,
+        )  # fmt: skip
+        del labelled
+    for index in exemplars:
+        records.append(
+            run_exemplar(index, train_set, test, full, args, folder / train_set.ids[index])
+        )
+    print(records)
+    return 0
+
+
+def main(argv=None):
+    """Run the command line; every foreseeable error is one line and exit status 2."""
+    args = parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        status = run(args)
+    except (DataError, OSError) as error:
+        print(f"{METHOD}.py: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:  # outside the training loop, which ends its step and saves first
+        print("interrupted; what was trained is saved, --resume goes on", file=sys.stderr)
+        status = 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
