@@ -86,8 +86,8 @@ def parse_args(argv=None):
     add("--compare", action=on_off, default=True, help="also train the methods compared with")
     add("--exemplar", nargs="+", default=["auto"], metavar="ID", help="ids, auto or auto:N")
     add("--rounds", type=int, default=3, help="rounds of calibration and retraining (ours)")
-    add("--t-star", type=int, default=500, help="diffusion step that calibration goes to (ours)")
-    add("--guidance", type=float, default=1.5, help="classifier-free guidance weight w (ours)")
+    add("--t-star", type=int, default=900, help="diffusion step that calibration goes to (ours)")
+    add("--guidance", type=float, default=0.6, help="classifier-free guidance weight w (ours)")
     add("--ddim-steps", type=int, default=5, help="DDIM steps from 0 to t* and back (ours)")
     add("--start", default="inversion", choices=["inversion", "noise"], help="way to t* (ours)")
     add("--latent-factor", type=int, default=4, choices=[4, 8], help="pixels per latent (ours)")
@@ -150,80 +150,85 @@ def ddim_roundtrip(x0_free, x0_guided, z, times, eps=None):
     return z, path
 
 
-def colour_statistics(img):
-    """Mean and std of an image's log colours, dark corners and frames left out.
+# Orthonormal basis of log colours: brightness, blue-yellow, red-green: nearly independent in nature.
+OPPONENT = F.normalize(torch.tensor([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]]))
 
-    img: (B, 3, H, W) in [0, 1]. Returns mean and std (B, 3, 1, 1), lit (B, 1, H, W) in [0, 1].
+
+def opponent(x):
+    """Log colours of x (B, 3, H, W) in [0, 1] in the basis above; from_opponent is its inverse."""
+    return torch.einsum("ij,bjhw->bihw", OPPONENT.to(x), (x + 0.05).log())
+
+
+def from_opponent(y):
+    return (torch.einsum("ij,bihw->bjhw", OPPONENT.to(y), y).exp() - 0.05).clamp(0, 1)
+
+
+def colour_statistics(x):
+    """Mean and std (B, 3, 1, 1) of the log colours of x (B, 3, H, W) where it is lit.
+
+    Dark corners and black frames are left out: lit (B, 1, H, W) in [0, 1] is also returned.
     """
-    y, lit = opponent(img), torch.sigmoid((img.mean(1, keepdim=True) - 0.15) / 0.03)
+    y, lit = opponent(x), torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)
     n = lit.sum((2, 3), keepdim=True) + 1
     mean = (y * lit).sum((2, 3), keepdim=True) / n
     std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(n).sqrt()
     return mean, std, lit
 
 
-OPPONENT = torch.tensor([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]])
-OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
+def contrast_map(x, p):
+    """How far each pixel's colour is that of the inside of p: x (B, 3, H, W), p (B, 1, H, W).
 
-
-def opponent(img):
-    return torch.einsum("ij,bjhw->bihw", OPPONENT.to(img), (img + 0.05).log())
-
-
-def from_opponent(y):
-    return torch.einsum("ji,bjhw->bihw", OPPONENT.to(y), y).exp() - 0.05
-
-
-def contrast_map(img, p):
-    """How much each pixel's colour resembles p's inside, from the image alone.
-
-    Linear discriminant of the colours inside and outside p (B, 1, H, W): +1 at the mean colour
-    inside, -1 at that outside; 0 where they do not differ. (B, 1, H, W), clamped to -3..3.
+    Fisher's linear discriminant of the colours inside and outside, fitted to each image alone:
+    (B, 1, H, W), 1 at the mean colour inside, -1 at that outside, near 0 if they do not differ.
     """
-    y = opponent(img.float()).flatten(2)  # (B, 3, N)
-    w1 = p.float().flatten(2) + 1e-4  # (B, 1, N)
-    w0 = 1 - w1 + 2e-4
-    mu = [(y * w).sum(2, keepdim=True) / w.sum(2, keepdim=True) for w in (w1, w0)]  # (B, 3, 1)
-    cov = 1e-3 * torch.eye(3, device=y.device)
-    for w, m in zip((w1, w0), mu, strict=True):
-        d = (y - m) * w.sqrt()
-        cov = cov + d @ d.transpose(1, 2) / y.shape[2]
-    delta = mu[0] - mu[1]
-    normal = torch.linalg.solve(cov, delta)  # (B, 3, 1)
-    far = (delta * normal).sum(1, keepdim=True)  # (B, 1, 1) squared Mahalanobis distance
-    score = (normal * (y - (mu[0] + mu[1]) / 2)).sum(1, keepdim=True)  # log likelihood ratio
-    score = 2 * score / (far + 0.3)
-    return score.clamp(-3, 3).view_as(p)
+    y, inside = opponent(x.float()).flatten(2), p.float().flatten(2)  # (B, 3, N), (B, 1, N)
+    mean, cov = [], 1e-3 * torch.eye(3, device=y.device)
+    for w in (inside + 1e-4, 1 - inside + 1e-4):
+        mean.append((y * w).sum(2, keepdim=True) / w.sum(2, keepdim=True))  # (B, 3, 1)
+        d = (y - mean[-1]) * w.sqrt()
+        cov = cov + d @ d.transpose(1, 2) / y.shape[2]  # (B, 3, 3) within the classes
+    normal = torch.linalg.solve(cov, mean[0] - mean[1])  # (B, 3, 1)
+    far = ((mean[0] - mean[1]) * normal).sum(1, keepdim=True)  # (B, 1, 1) Mahalanobis, squared
+    score = (normal * (y - (mean[0] + mean[1]) / 2)).sum(1, keepdim=True)  # (B, 1, N)
+    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 [Caudo, O]
 
 
-def corrupt(mask):
-    """Masks (B, 1, H, W) in {0, 1} with the errors of a bad segmenter, soft in [0, 1]."""
-    b, _, h, w = mask.shape
-    dev = mask.device
-
-    def u(lo, hi):
-        return (lo + (hi - lo) * torch.rand(b, 1, 1, 1)).to(dev)
-
-    def field(cells):
-        z = torch.randn(b, 1, cells, cells).to(dev)
-        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
-
-    # level > 0: inside; adding smooth noise moves the border, opens holes and adds blobs
-    soft = mask
-    for _ in range(2):
-        soft = F.avg_pool2d(F.pad(soft, (3, 3, 3, 3), mode="replicate"), 7, 1)
-    level = 2 * soft - 1 + u(-0.7, 0.7)
-    level = level + u(0, 0.8) * field(4) + u(0, 0.6) * field(8)
-    blob = u(-1.0, 0.4).clamp(min=0) * 3 * (field(6) - 0.8)
-    level = torch.maximum(level, torch.where(blob > 0, blob, level))
-    drop = u(-1.0, 0.5).clamp(min=0) * 3 * (field(5) - 0.6)
-    level = torch.minimum(level, torch.where(drop > 0, -drop, level))
-    return torch.sigmoid(level * u(2, 12))
+def uniform(low, high, b, *shape):
+    """Random numbers in [low, high] from torch's global CPU generator: (b, *shape or (1, 1, 1))."""
+    return low + (high - low) * torch.rand(b, *(shape or (1, 1, 1)))
 
 
-def reliability(p0, p1):
-    """Weight of each pixel: agreement of p0 and p1 times the distance of p1 from 1/2."""
-    return (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()
+def field(b, cells, size):
+    """Smooth random fields (b, 1, *size) of standard deviation about 1, cells bumps a side."""
+    z = 1.3 * torch.randn(b, 1, cells, cells)
+    return F.interpolate(z, size, mode="bicubic", align_corners=True)
+
+
+def corrupt(p):
+    """Give masks or predictions p (B, 1, H, W) in [0, 1] the errors of a bad segmenter.
+
+    Borders move in, out and sideways, holes open, blobs appear, confidence changes.
+    """
+    b, size = len(p), p.shape[2:]
+    soft = F.avg_pool2d(p, 7, 1, 3, count_include_pad=False)
+    soft = F.avg_pool2d(soft, 7, 1, 3, count_include_pad=False)
+    level = uniform(-0.7, 0.7, b) + uniform(0, 0.6, b) * field(b, 4, size)
+    level = 2 * soft - 1 + (level + uniform(0, 0.45, b) * field(b, 8, size)).to(p)
+    add = (uniform(-3, 1.2, b).clamp(min=0) * (1.3 * field(b, 6, size) - 0.8)).to(p)
+    drop = (uniform(-3, 1.5, b).clamp(min=0) * (1.3 * field(b, 5, size) - 0.6)).to(p)
+    level = torch.where(add > 0, torch.maximum(level, add), level)
+    level = torch.where(drop > 0, torch.minimum(level, -drop), level)
+    return torch.sigmoid(level * uniform(2, 12, b).to(p))
+
+
+def reliability(p0, p1, power=6):
+    """Weight of each pixel of labels p1, all (B, 1, H, W) in [0, 1]: sure, and agreed with p0.
+
+    A whole image counts by the Dice of p0 and p1: where calibration changes much, both are wrong
+    more often.
+    """
+    agreement = overlap_metrics(p0 > 0.5, p1 > 0.5)["dice"].view(-1, 1, 1, 1)
+    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 7 [Caudo, O]
 
 
 def overlap_metrics(pred, mask):
@@ -598,130 +603,94 @@ def predict(net, args, folder):
 
 
 class Expansion:
-    """Step 1: labelled pairs made from one exemplar and unlabelled images."""
+    """Step 1: draws labelled pairs, all from one exemplar; other images lend colour and skin.
+
+    img uint8 (3, H, W), mask bool (1, H, W); images uint8 (N, 3, H, W), unlabelled.
+    """
 
     def __init__(self, img, mask, images, args):
-        self.x = img[None].to(args.device).float() / 255  # (1, 3, H, W)
-        self.m = mask[None].to(args.device).float()  # (1, 1, H, W)
-        self.images = images.to(args.device)
-        self.mean, self.std = batched(
-            lambda i: colour_statistics(i.to(args.device).float() / 255)[:2], images
-        )
-        self.mean, self.std = self.mean.to(args.device), self.std.to(args.device)
-        ring = F.max_pool2d(self.m, 15, 1, 7) - F.max_pool2d(self.m, 3, 1, 1)
-        y = (self.x + 0.05).log()
-        self.skin = (y * ring).sum((2, 3), keepdim=True) / ring.sum((2, 3), keepdim=True)
-        h, w = self.m.shape[2:]
-        pos = self.m[0, 0].nonzero().float().mean(0)
-        self.centre = torch.stack([(2 * pos[1] + 1) / w - 1, (2 * pos[0] + 1) / h - 1]).cpu()
-        self.radius = (self.m.mean().item() / math.pi) ** 0.5  # share of the image's side
+        self.images, mask = images.to(args.device), mask[None].to(args.device).float()
+        img = img[None].to(args.device).float() / 255
+        self.exemplar = torch.cat([img, mask], 1)  # (1, 4, H, W)
+        stats = batched(lambda x: colour_statistics(x.to(args.device).float() / 255)[:2], images)
+        self.mean, self.std = (s.to(args.device) for s in stats)  # (N, 3, 1, 1) each
+        ring = F.max_pool2d(mask, 15, 1, 7) - F.max_pool2d(mask, 3, 1, 1)  # around the object
+        self.around = (opponent(img) * ring).sum((2, 3), keepdim=True) / (ring.sum() + 1e-6)
+        h, w = mask.shape[2:]
+        y, x = mask[0, 0].nonzero().float().mean(0).tolist()
+        self.centre = torch.tensor([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1])
+        self.radius = math.sqrt(mask.mean().item() / math.pi)  # of a disc of its area
 
-    def grid(self, b, scale, centre_out, centre_in, elastic):
-        """Sampling grid (B, H, W, 2): random turn, aspect, elastic warp; scale > 1 magnifies."""
-        h, w = self.m.shape[2:]
-        turn = 2 * math.pi * torch.rand(b)
-        flip = torch.randint(0, 2, (b,)) * 2.0 - 1
-        aspect = torch.exp(0.2 * torch.randn(b))
-        ratio = w / h
+    def warp(self, scale, spread, padding, elastic=1.0):
+        """Turned, squeezed, elastic copies magnified by scale (n,): (n, 4, H, W) and their place.
+
+        spread: how far from the middle of the picture the object's centre may lie, in [0, 1].
+        """
+        n, (h, w) = len(scale), self.exemplar.shape[2:]
+        turn, squeeze = 2 * math.pi * torch.rand(n), torch.exp(0.2 * torch.randn(n))
+        flip, ratio = torch.randint(0, 2, (n,)) * 2 - 1, w / h
         cos, sin = turn.cos() / scale, turn.sin() / scale
-        a = torch.stack(
-            [
-                torch.stack([cos * aspect * flip, -sin / ratio / aspect], 1),
-                torch.stack([sin * ratio * aspect * flip, cos / aspect], 1),
-            ],
-            1,
-        )  # (B, 2, 2)
-        shift = centre_in - (a @ centre_out[:, :, None])[:, :, 0]
-        theta = torch.cat([a, shift[:, :, None]], 2)
-        grid = F.affine_grid(theta, (b, 1, h, w), align_corners=False)
-        for cells, amp in ((4, 0.16), (7, 0.08)):
-            z = torch.randn(b, 2, cells, cells) * torch.rand(b, 1, 1, 1) * amp * elastic
-            z = z / scale.clamp(min=0.5)[:, None, None, None]
-            z = F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
+        rows = [cos * squeeze * flip, -sin / ratio / squeeze, sin * ratio * squeeze * flip]
+        matrix = torch.stack([*rows, cos / squeeze], 1).view(n, 2, 2)
+        to = spread * (2 * torch.rand(n, 2, 1) - 1)
+        theta = torch.cat([matrix, self.centre[:, None] - matrix @ to], 2)
+        grid = F.affine_grid(theta, (n, 1, h, w), align_corners=False)
+        for cells, size in ((4, 0.16), (7, 0.08)):
+            z = torch.randn(n, 2, cells, cells) * torch.rand(n, 1, 1, 1) * size * elastic
+            z = F.interpolate(z / scale.clamp(min=0.5).view(n, 1, 1, 1), (h, w), mode="bicubic")
             grid = grid + z.permute(0, 2, 3, 1)
-        return grid.to(self.x.device)
+        copies = self.exemplar.expand(n, -1, -1, -1)
+        return F.grid_sample(copies, grid.to(copies), "bilinear", padding, align_corners=False)
+
+    def recoloured(self, n):
+        """Warps of the whole exemplar with the colours of random unlabelled images."""
+        warped = self.warp(torch.exp(0.7 * torch.rand(n) - 0.1), 0.5, "reflection")
+        x, mask = warped[:, :3].clamp(0, 1), warped[:, 3:]
+        mean, std, lit = colour_statistics(x)
+        j = torch.randint(len(self.images), (n,))
+        gain = ((self.std[j] + 0.02) / (std + 0.02)).clamp(0.5, 2)
+        y = opponent(x)
+        return y + lit * ((y - mean) * gain + self.mean[j] - y), mask
+
+    def pasted(self, n):
+        """The exemplar's object alone, on windows at the border of random unlabelled images."""
+        radius = 0.1 * 4.2 ** torch.rand(n)
+        warped = self.warp(radius / self.radius, 0.6, "zeros", elastic=1.5)
+        x, mask = warped[:, :3], warped[:, 3:]
+        side = 0.25 + 0.2 * torch.rand(n, 1)
+        place = torch.randint(0, 2, (n, 2)) * 2.0 - 1  # of the window's centre: a corner
+        along = torch.randint(0, 2, (n,))  # and then anywhere along one of its sides
+        place[torch.arange(n), along] = 2 * torch.rand(n) - 1
+        theta = torch.cat([torch.eye(2) * side[:, :, None], (place * (1 - side))[:, :, None]], 2)
+        j = torch.randint(len(self.images), (n,))
+        grid = F.affine_grid(theta, (n, 1, *mask.shape[2:]), align_corners=False).to(x)
+        background = F.grid_sample(self.images[j].float() / 255, grid, align_corners=False)
+        return opponent(background) + mask * (opponent(x) - self.around), mask
 
     def __call__(self, b):
         """Draw images (b, 3, H, W) in [0, 1] and masks (b, 1, H, W) in {0, 1}."""
-        dev = self.x.device
-        n_paste = int(b * PR[3])
-        both = torch.cat([self.x, self.m], 1)
-        h, w = self.m.shape[2:]
-
-        def u(lo, hi, *shape):
-            return lo + (hi - lo) * torch.rand(*shape)
-
-        # whole: warps of the whole exemplar
-        n = b - n_paste
-        scale = torch.exp(u(-0.1, 0.6, n))
-        out = u(-0.5, 0.5, n, 2)
-        grid = self.grid(n, scale, out, self.centre + 0 * out, 1.0)
-        warped = F.grid_sample(
-            both.expand(n, -1, -1, -1), grid, padding_mode="reflection", align_corners=False
-        )
-        y, m = opponent(warped[:, :3].clamp(0, 1)), warped[:, 3:]
-        mean, std, lit = colour_statistics(warped[:, :3].clamp(0, 1))
-        j = torch.randint(len(self.images), (n,)).to(dev)
-        gain = ((self.std[j] + 0.02) / (std + 0.02)).clamp(0.5, 2)
-        y = y + lit * ((y - mean) * gain + self.mean[j] - y)
-        y1 = torch.einsum("ji,bjhw->bihw", OPPONENT.to(y), y)
-        # paste
-        n = n_paste
-        radius = torch.exp(u(math.log(PR[0]), math.log(0.42), n))
-        scale = radius / self.radius
-        out = u(-PR[4], PR[4], n, 2)
-        grid = self.grid(n, scale, out, self.centre + 0 * out, 1.5)
-        warped = F.grid_sample(
-            both.expand(n, -1, -1, -1), grid, padding_mode="zeros", align_corners=False
-        )
-        x, m2 = warped[:, :3], warped[:, 3:]
-        j = torch.randint(len(self.images), (n,)).to(dev)
-        side = u(PR[1], PR[2], n)
-        corner = torch.randint(0, 2, (n, 2)) * 2.0 - 1
-        along = torch.rand(n, 1) < 0.5
-        place = corner * (1 - side[:, None])
-        slide = u(-1, 1, n, 2) * (1 - side[:, None])
-        place = torch.where(torch.cat([along, ~along], 1), slide, place)
-        theta = torch.zeros(n, 2, 3)
-        theta[:, 0, 0] = theta[:, 1, 1] = side
-        theta[:, :, 2] = place
-        bg_grid = F.affine_grid(theta, (n, 1, h, w), align_corners=False).to(dev)
-        bg = F.grid_sample(self.images[j].float() / 255, bg_grid, align_corners=False)
-        d = (x + 0.05).log() - self.skin
-        soft = m2
-        y2 = (bg + 0.05).log() + soft * d
-        # lesion contrast
-        m = torch.cat([m, m2])
-        y = torch.cat([y1, y2])
-        inside = (y * m).sum((2, 3), keepdim=True) / (m.sum((2, 3), keepdim=True) + 1)
-        outside = (y * (1 - m)).sum((2, 3), keepdim=True) / ((1 - m).sum((2, 3), keepdim=True) + 1)
-        d = inside - outside
-        blur = u(0, 1, b, 1, 1, 1).to(dev)
-        wide = F.avg_pool2d(F.pad(m, (2, 2, 2, 2), mode="replicate"), 5, 1)
-        soft = m * (1 - blur) + wide * blur
-        texture = F.interpolate(torch.randn(b, 1, 6, 8), (h, w), mode="bicubic").to(dev)
-        gain = u(-0.7, 0.5, b, 1, 1, 1).to(dev) + 0.2 * torch.randn(b, 3, 1, 1).to(dev)
-        y = y + soft * (gain * d + 0.15 * u(0, 1, b, 1, 1, 1).to(dev) * texture)
-        x = (y.exp() - 0.05).clamp(0, 1)
-        return augment(x, (m > 0.5).float())
+        parts = zip(self.recoloured(b - b // 3), self.pasted(b // 3), strict=True)
+        y, m = (torch.cat(part) for part in parts)
+        # ours: other contrasts, tints, textures and softer borders of the object itself
+        area = m.sum((2, 3), keepdim=True) + 1
+        rest = (1 - m).sum((2, 3), keepdim=True) + 1
+        contrast = (y * m).sum((2, 3), keepdim=True) / area
+        contrast = contrast - (y * (1 - m)).sum((2, 3), keepdim=True) / rest
+        soft = torch.lerp(m, F.avg_pool2d(m, 5, 1, 2), uniform(0, 1, b).to(m))
+        gain = uniform(-0.7, 0.5, b) + 0.2 * torch.randn(b, 3, 1, 1)
+        y = y + soft * gain.to(m) * contrast
+        y[:, :1] += soft * (uniform(0, 0.2, b) * field(b, 7, m.shape[2:])).to(m)
+        return augment(from_opponent(y), (m > 0.5).float())
 
 
 def strong_view(x):
-    """Photometric noise for the student: gain, gamma, contrast, blur, cut-out."""
-    b, _, h, w = x.shape
-    dev = x.device
-
-    def u(lo, hi, *shape):
-        return (lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)))).to(dev)
-
-    mean = x.mean((2, 3), keepdim=True)
-    x = mean + (x - mean) * torch.exp(u(-0.5, 0.4))
-    x = x * torch.exp(u(-0.3, 0.3) + u(-0.12, 0.12, 3, 1, 1))
-    x = x.clamp(0, 1) ** torch.exp(u(-0.3, 0.3))
-    light = F.interpolate(torch.randn(b, 1, 3, 3), (h, w), mode="bicubic", align_corners=True)
-    x = x * (1 + u(0, 0.15) * light.to(dev))
-    x = x + torch.randn(x.shape).to(dev) * u(0, 0.03)
-    return x.clamp(0, 1)
+    """Photometric noise for the student, on images x (B, 3, H, W) in [0, 1]: the same shape."""
+    b, mean = len(x), x.mean((2, 3), keepdim=True)
+    gain = torch.exp(uniform(-0.3, 0.3, b) + uniform(-0.12, 0.12, b, 3, 1, 1))
+    light = gain * (1 + uniform(0, 0.15, b) * field(b, 3, x.shape[2:]))
+    x = (mean + (x - mean) * torch.exp(uniform(-0.5, 0.4, b)).to(x)) * light.to(x)
+    x = x.clamp(0, 1) ** torch.exp(uniform(-0.3, 0.3, b)).to(x)
+    return (x + (torch.randn(x.shape) * uniform(0, 0.03, b)).to(x)).clamp(0, 1)
 
 
 def save_checkpoint(state, path):
@@ -775,22 +744,19 @@ def autoencoder_loss(net, expansion, args):
 
 
 def denoiser_loss(net, expansion, segmenter, ae, args):
-    b = args.batch_size
-    x, m = expansion(b)
+    """The loss of one batch of the guided denoiser: pairs of a corrupted and the true mask."""
+    b, (x, m) = args.batch_size, expansion(args.batch_size)
     x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
     with torch.no_grad():
-        logits, h = segmenter(strong_view(x))
-        p = torch.where(
-            torch.arange(b, device=x.device)[:, None, None, None] % 2 == 0,
-            corrupt(m),
-            logits.sigmoid(),
-        )
-        z0, z_p = ae.encode(m), ae.encode(p)
-    c = net.condition(x, p, h, z_p) * (torch.rand(b, 1, 1, 1).to(x) > 0.15)
+        # half: the true mask; half: what the segmenter makes of a hard view; then corrupted
+        seen = segmenter(strong_view(strong_view(x)))[0].sigmoid()
+        p = corrupt(torch.where(torch.rand(b, 1, 1, 1).to(x) < 0.4, m, seen))
+        h, z0, z_p = segmenter(x)[1], ae.encode(m), ae.encode(p)
+    c = net.condition(x, p, h, z_p) * (torch.rand(b, 1, 1, 1) > 0.15).to(x)  # c = 0: unguided
     t = torch.randint(T, (b,)).to(x.device)
-    zt = add_noise(z0, t, torch.randn_like(z0))
     a = ALPHA_BAR.to(x.device)[t][:, None, None, None]
-    return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()
+    x0_hat = net(add_noise(z0, t, torch.randn(z0.shape).to(z0)), t, c)
+    return ((x0_hat - z0).square() / (1 - a + 0.02)).mean()  # Eq. 5 [Caudo, O]
 
 
 def load_checkpoint(path, kind, args, fixed=("width", "size")):
