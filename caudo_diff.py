@@ -3,9 +3,9 @@
 import argparse
 import contextlib
 import copy
-import glob
+import csv
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
@@ -26,21 +26,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
+import data as datasets
 from crf import DenseCRF, unary_from_softmax
-from data import (
-    IMAGE_SUFFIXES,
-    DataError,
-    _pairs,
-    augment,
-    load_segmentation,
-    parse_size,
-    read_image,
-    read_mask,
-)
+from data import IMAGE_SUFFIXES, DataError, augment, load_segmentation, parse_size, read_image
 
 METHOD = "caudo_diff"
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
-PR = [0.1, 0.25, 0.45, 0.33, 0.6]
 METRICS = ["dice", "iou", "precision", "recall"]
 ROWS = {
     "exemplar_only": "exemplar only",
@@ -50,11 +41,20 @@ ROWS = {
     "caudo_diff_crf": "Caudo-Diff + CRF",
     "full_supervision": "full supervision",
 }
-KNOBS = ("rounds", "t_star", "guidance", "ddim_steps", "start")  # of training, kept by --resume
+MODEL_FLAGS = ["width", "size"]
+TRAIN_FLAGS = [*MODEL_FLAGS, "latent_factor", "steps", "lr", "batch_size", "bf16", "rounds"]
+TRAIN_FLAGS += ["t_star", "guidance", "ddim_steps", "start"]
 
 # ==================================================================================================
 # 1. Command line
 # ==================================================================================================
+
+
+def positive(text):
+    """argparse type: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 def parse_args(argv=None):
@@ -67,46 +67,58 @@ def parse_args(argv=None):
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--steps", type=int, default=300, help="steps of the first stage; a round has half (ours)")
-    add("--epochs", type=int, help="gives --steps as passes over the training images")
-    add("--max-steps", type=int, help="at most this many steps in every stage")
-    add("--batch-size", type=int, default=24, help="images in a training step")
+    add("--steps", type=positive, default=300, help="of the first stage; a round takes half (ours)")
+    add("--epochs", type=positive, help="sets --steps by passes over the training images")
+    add("--max-steps", type=positive, help="at most this many steps in every stage")
+    add("--batch-size", type=positive, default=24, help="images in a training step")
     add("--lr", type=float, default=2e-3, help="peak of AdamW's cosine schedule (ours)")
     add("--seed", type=int, default=0, help="seed of weights, batches and noise")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="auto", choices=["auto", "on", "off"], help="bf16 autocast")
     add("--compile", action="store_true", help="torch.compile the networks in training")
-    add("--num-workers", type=int, default=8, help="threads that decode images, first run only")
+    add("--num-workers", type=positive, default=8, help="threads that decode, first run only")
     add("--out", default="out", help="results go to OUT/caudo_diff/DATA/seedK")
-    add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
-    add("--eval-only", action="store_true", help="no training: evaluate the saved networks")
+    add("--resume", action="store_true", help="go on from the last checkpoints, exactly")
+    add("--eval-only", action="store_true", help="no training: evaluate what was trained")
     add("--checkpoint", help="file for --predict [best.pt in --out]")
     add("--predict", nargs="+", metavar="PATH", help="segment these images or folders of images")
     add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
-    add("--compare", action=on_off, default=True, help="also train the methods compared with")
-    add("--exemplar", nargs="+", default=["auto"], metavar="ID", help="ids, auto or auto:N")
-    add("--rounds", type=int, default=3, help="rounds of calibration and retraining (ours)")
-    add("--t-star", type=int, default=900, help="diffusion step that calibration goes to (ours)")
-    add("--guidance", type=float, default=0.6, help="classifier-free guidance weight w (ours)")
-    add("--ddim-steps", type=int, default=5, help="DDIM steps from 0 to t* and back (ours)")
+    add("--compare", action=on_off, default=True, help="also train what it is compared with")
+    add("--exemplar", nargs="+", default=["auto"], metavar="ID", help="ids, or auto, or auto:N")
+    add("--rounds", type=positive, default=3, help="rounds of calibration and retraining (ours)")
     add("--start", default="inversion", choices=["inversion", "noise"], help="way to t* (ours)")
+    add("--t-star", type=int, default=900, help="the step t* that calibration starts from (ours)")
+    add("--guidance", type=float, default=0.6, help="classifier-free guidance weight w (ours)")
+    add("--ddim-steps", type=positive, default=5, help="DDIM steps from 0 to t* and back (ours)")
     add("--latent-factor", type=int, default=4, choices=[4, 8], help="pixels per latent (ours)")
     add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
     add("--sxy-bilateral", type=float, default=10.0, help="CRF: pixels (ours)")
     add("--srgb", type=float, default=8.0, help="CRF: grey levels (ours)")
     add("--compat-bilateral", type=float, default=3.0, help="CRF: weight (ours)")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--save-every", type=positive, default=200, help="steps between checkpoints")
     args = p.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.quick:
-        args.max_steps = args.max_steps or 6
-        args.batch_size = min(8, args.batch_size)
+        args.max_steps, args.batch_size = args.max_steps or 6, min(8, args.batch_size)
+    if not args.ddim_steps <= args.t_star < T:
+        p.error(f"--t-star {args.t_star} must be at least --ddim-steps and below {T}")
+    if args.width < 16 or args.width % 16:
+        p.error(f"--width {args.width} must be a multiple of 16")
+    if not args.lr > 0:
+        p.error("--lr must be positive")
+    for name in args.exemplar:
+        kind, colon, count = name.partition(":")
+        if kind == "auto" and colon and not (count.isdecimal() and int(count)):
+            p.error(f"--exemplar {name}: N in auto:N must be a whole number of at least 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        p.error(f"--device {args.device} is not usable here; take --device cpu")
     bf16_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    args.max_steps = args.max_steps or 10**9
-    args.bf16 = args.amp == "on" or (
-        args.amp == "auto" and (args.device.startswith("cuda") or bf16_cpu)
-    )
+    fast = args.device.startswith("cuda") or bf16_cpu
+    args.bf16 = args.amp == "on" or (args.amp == "auto" and fast)
     return args
 
 
@@ -124,11 +136,14 @@ def add_noise(x0, t, eps):
     return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [DiffSeg, G]
 
 
-def ddim_step(xt, x0_hat, t, t_next):
-    """One deterministic DDIM step (eta = 0) from t to t_next, either direction; t: ints."""
+def ddim_step(zt, x0_hat, t, t_next):
+    """One deterministic DDIM step (eta = 0) of latents zt (B, C, h, w) from t to t_next, ints.
+
+    Up (inversion, t_next > t) or down; the next latent keeps the noise that x0_hat implies.
+    """
     a, a_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
-    eps_hat = (xt - math.sqrt(a) * x0_hat) / math.sqrt(1 - a)
-    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat
+    eps_hat = (zt - math.sqrt(a) * x0_hat) / math.sqrt(1 - a)
+    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 [Caudo, O]
 
 
 def ddim_times(args):
@@ -136,21 +151,24 @@ def ddim_times(args):
     return torch.linspace(0, args.t_star, args.ddim_steps + 1).round().long().tolist()
 
 
-def ddim_roundtrip(x0_free, x0_guided, z, times, eps=None):
-    """z at t = 0 -> t* by DDIM inversion under x0_free -> 0 by DDIM under x0_guided."""
+def there_and_back(z, up, down, times, eps=None):
+    """Latents z (B, C, h, w) at times[0] to times[-1] and back: the list of states on the way back.
+
+    up, down: functions (zt, t) -> x0_hat for either way. eps: noise of z's shape instead of up.
+    With up = down the end differs from z by the error of the discrete steps alone: DOC.
+    """
     if eps is None:
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
-            z = ddim_step(z, x0_free(z, t), t, t_next)
+        for t, t_next in itertools.pairwise(times):
+            z = ddim_step(z, up(z, t), t, t_next)
     else:
         z = add_noise(z, torch.full((len(z),), times[-1], device=z.device), eps)
-    path = [z]
-    for t, t_next in zip(times[:0:-1], times[-2::-1], strict=True):
-        z = ddim_step(z, x0_guided(z, t), t, t_next)
-        path.append(z)
-    return z, path
+    way = [z]
+    for t, t_next in itertools.pairwise(times[::-1]):
+        way.append(ddim_step(way[-1], down(way[-1], t), t, t_next))
+    return way
 
 
-# Orthonormal basis of log colours: brightness, blue-yellow, red-green: nearly independent in nature.
+# Orthonormal basis of log colours: brightness, blue-yellow, red-green, which vary independently.
 OPPONENT = F.normalize(torch.tensor([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]]))
 
 
@@ -319,20 +337,25 @@ class UNet(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Mask encoder E (B, 1, H, W) -> (B, C, H/f, W/f) and decoder G back to logits."""
+    """Mask encoder E: (B, 1, H, W) in [0, 1] -> latent (B, 8, H/f, W/f); decoder G: to logits."""
 
     def __init__(self, factor, channels=8, width=64):
         super().__init__()
         c = factor**2
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(factor), nn.Conv2d(c, width, 3, padding=1), nn.SiLU(),
+            nn.PixelUnshuffle(factor),
+            nn.Conv2d(c, width, 3, padding=1),
+            nn.SiLU(),
             nn.Conv2d(width, channels, 3, padding=1),
-        )  # fmt: skip
+        )
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(width, c, 3, padding=1), nn.PixelShuffle(factor),
-        )  # fmt: skip
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, c, 3, padding=1),
+            nn.PixelShuffle(factor),
+        )
 
     def encode(self, mask):
         return self.encoder(2 * mask - 1).float()
@@ -342,26 +365,28 @@ class Autoencoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Guided denoiser g(zt, t, c) -> x0_hat, all latents (B, C, h, w)."""
+    """Guided denoiser g(zt, t, c) -> x0_hat: latents (B, C, h, w), t (B,), guide c or zeros."""
 
-    def __init__(self, factor, c_h, channels=8, width=64):
+    def __init__(self, factor, c_h, channels=8, width=48):
         super().__init__()
-        c_emb = 4 * width
-        self.factor = factor
-        self.project = nn.Conv2d(c_h, 16, 1)  # of the segmenter's features h
-        c_in = 2 * channels + 16 + 5 * factor**2
+        c_emb, self.factor = 4 * width, factor
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.stem = nn.Conv2d(c_in, width, 3, padding=1)
+        self.project = nn.Conv2d(c_h, 16, 1)
+        self.stem = nn.Conv2d(2 * channels + 16 + 5 * factor**2, width, 3, padding=1)
         self.fine = nn.ModuleList(Block(width, width, c_emb) for _ in range(2))
         self.coarse = nn.ModuleList(Block(width, width, c_emb) for _ in range(3))
-        self.out = nn.ModuleList([Block(2 * width, width, c_emb), Block(width, width, c_emb)])
+        self.last = nn.ModuleList([Block(2 * width, width, c_emb), Block(width, width, c_emb)])
         self.head = nn.Sequential(
             nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
         )
         nn.init.zeros_(self.head[-1].weight)
 
-    def condition(self, x, p, h, z_p):
-        """c (B, C', h, w) of images x, pseudo-labels p, features h and z_p = E(p)."""
+    def guide(self, x, p, h, z_p):
+        """The guide c (B, C', h, w) of images x in [0, 1], labels p, features h and z_p = E(p).
+
+        ours: beside h and E(p), the pixels themselves and their contrast_map; it needs no training
+        to carry over from the exemplar to other images, as the features do.
+        """
         pixels = torch.cat([4 * x - 2, 2 * p - 1, contrast_map(x, p)], 1)  # (B, 5, H, W)
         h = self.project(h / (h.square().mean((1, 2, 3), keepdim=True) + 1e-3).sqrt())
         h = F.interpolate(h.float(), z_p.shape[2:], mode="bilinear")
@@ -371,19 +396,18 @@ class Denoiser(nn.Module):
         freq = torch.exp(-math.log(1e4) * torch.arange(32, device=zt.device) / 32)
         phase = t.float()[:, None] * freq  # (B, 32)
         emb = F.silu(self.time(torch.cat([phase.sin(), phase.cos()], 1)))
-        x = torch.cat([zt, c], 1).contiguous(memory_format=torch.channels_last)
-        h = self.stem(x)
+        h = self.stem(torch.cat([zt, c], 1).contiguous(memory_format=torch.channels_last))
         for block in self.fine:
-            h = block(h, emb)
+            h = block(h, emb)  # (B, width, h, w)
         low = F.avg_pool2d(h, 2, ceil_mode=True)
         for block in self.coarse:
             low = block(low, emb)
         h = torch.cat([h, F.interpolate(low, h.shape[2:])], 1)
-        for block in self.out:
+        for block in self.last:
             h = block(h, emb)
-        v = self.head(h).float()
         a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
-        return a.sqrt() * zt - (1 - a).sqrt() * v
+        # ours: x0_hat tends to zt itself as t goes to 0, so that inversion may start there
+        return a.sqrt() * zt - (1 - a).sqrt() * self.head(h).float()  # Eq. 4 [Caudo, O]
 
 
 # ==================================================================================================
@@ -396,57 +420,58 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
-def batched(function, images, *rest, size=64):
-    """Apply function to chunks of images (N, ...); its outputs, concatenated on the CPU."""
-    parts = [
-        function(*chunk) for chunk in zip(*(x.split(size) for x in (images, *rest)), strict=True)
-    ]
-    if isinstance(parts[0], tuple):
-        return tuple(torch.cat(x).cpu() for x in zip(*parts, strict=True))
-    return torch.cat(parts).cpu()
+def batched(function, *tensors, size=64):
+    """Apply function to chunks of tensors (N, ...); its outputs, concatenated on the CPU."""
+    chunks = zip(*(x.split(size) for x in tensors), strict=True)
+    return torch.cat([function(*chunk).cpu() for chunk in chunks])
+
+
+def consensus(masks):
+    """Majority of raters, (B, R, H, W) -> (B, 1, H, W) bool; a tie counts as lesion."""
+    return masks.float().mean(1, keepdim=True) >= 0.5
 
 
 @torch.no_grad()
 def segment(net, img, args):
-    """Images uint8 (B, 3, H, W) -> (probabilities (B, 1, H, W), features h)."""
+    """Probabilities (B, 1, H, W) of images uint8 (B, 3, H, W)."""
     with autocast(args):
-        logits, h = net(img.to(args.device).float() / 255)
-    return logits.sigmoid(), h
+        return net(img.to(args.device).float() / 255)[0].sigmoid()
 
 
 @torch.no_grad()
-def calibrate(nets, img, p0, h, args, guided=True, path=False):
-    """Calibrate pseudo-labels p0 (B, 1, H, W): returns p1 of the same shape."""
-    ae, g = nets["autoencoder"], nets["denoiser"]
-    x, p0, h = img.to(args.device).float() / 255, p0.to(args.device), h.to(args.device)
+def features(net, img, args):
+    """The segmenter's bottleneck features (B, C, H/8, W/8) of images uint8 (B, 3, H, W)."""
     with autocast(args):
-        z = ae.encode(p0)
-        c = g.condition(x, p0, h, z).float() * guided
-        null = torch.zeros_like(c)
+        return net(img.to(args.device).float() / 255)[1]
 
-        def x0_free(zt, t):
-            return g(zt, torch.full((len(zt),), t, device=zt.device), null)
 
-        def x0_guided(zt, t):
-            t = torch.full((len(zt),), t, device=zt.device)
-            x0 = g(zt, t, c)
-            if guided and args.guidance != 1:
-                free = g(zt, t, null)
-                x0 = free + args.guidance * (x0 - free)
-            return x0
+@torch.no_grad()
+def calibrate(nets, img, p0, h, args, guided=True, whole_way=False):
+    """Calibrate labels p0 (B, 1, H, W) of images uint8 (B, 3, H, W) with features h: p1.
+
+    Unguided, the guide is empty; whole_way: all states from t* to 0, decoded, (B, steps + 1, H, W).
+    Deterministic: the same input gives the same output, bit for bit.
+    """
+    ae, g = nets
+    img, p0, h = img.to(args.device).float() / 255, p0.to(args.device), h.to(args.device)
+    with autocast(args):
+        z = ae.encode(p0)  # (B, C, h, w)
+        c = g.guide(img, p0, h, z).float()
+
+        def free(zt, t):
+            return g(zt, torch.full((len(zt),), t, device=zt.device), torch.zeros_like(c))
+
+        def guide(zt, t):  # classifier-free guidance; w < 1 trusts the shape prior more
+            x0 = g(zt, torch.full((len(zt),), t, device=zt.device), c)
+            w = args.guidance
+            return x0 if w == 1 else torch.lerp(free(zt, t), x0, w)  # Eq. 6 [Caudo, O]
 
         eps = None
-        if args.start == "noise":
+        if args.start == "noise":  # the same for every image
             eps = torch.randn(1, *z.shape[1:], generator=torch.Generator().manual_seed(args.seed))
             eps = eps.to(z).expand_as(z)
-        z, way = ddim_roundtrip(x0_free, x0_guided, z, ddim_times(args), eps)
-        p1 = ae.decode(z).sigmoid()
-        return torch.cat([ae.decode(w).sigmoid() for w in way], 1) if path else p1
-
-
-def consensus(masks):
-    """Majority of raters or outputs, (B, N, H, W) -> (B, 1, H, W) bool; a tie counts as lesion."""
-    return masks.float().mean(1, keepdim=True) >= 0.5
+        way = there_and_back(z, free, guide if guided else free, ddim_times(args), eps)
+        return torch.cat([ae.decode(z).sigmoid() for z in way[0 if whole_way else -1 :]], 1)
 
 
 def crf_refine(p, img, args):
@@ -470,7 +495,7 @@ def evaluate(segmenters, data, args):
     """Evaluate segmenters {row: net} on one split: per-image metrics {row: {metric: (N,)}}."""
     truth, rows = consensus(data.masks), {}
     for row, net in segmenters.items():
-        p = batched(lambda x, net=net: segment(net, x, args)[0], data.images)
+        p = batched(lambda x, net=net: segment(net, x, args), data.images)
         rows[row] = overlap_metrics(p > 0.5, truth)
         if row == "caudo_diff":
             p = batched(lambda *x: crf_refine(*x, args), p, data.images)
@@ -481,9 +506,9 @@ def evaluate(segmenters, data, args):
 def colour_map(x):
     """Map x (H, W) in [0, 1] to colours uint8 (H, W, 3), black over violet and orange to white."""
     stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 200]])
-    x = np.asarray(x, dtype=float).clip(0, 1)
-    channels = [np.interp(x, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)]
-    return np.stack(channels, -1).astype(np.uint8)
+    table = [np.interp(np.linspace(0, 4, 256), np.arange(5), stops[:, c]) for c in range(3)]
+    index = (np.asarray(x, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    return np.stack(table, -1).astype(np.uint8)[index]
 
 
 def outline(img, mask, colour=(0, 255, 160)):
@@ -493,106 +518,97 @@ def outline(img, mask, colour=(0, 255, 160)):
     return np.where(edge[..., None], np.array(colour, dtype=np.uint8), img)
 
 
-def draw_sheet(rows, path, titles=(), names=None, scale=2):
-    """Write a PNG of rows of tiles (uint8 (H, W, 3), caption), below titles, beside names."""
-    height, width = rows[0][0][0].shape[:2]
-    w, h, top = width * scale + 4, height * scale + 16, 16 if titles else 0
-    bar = 62 if names else 0
-    sheet = Image.new("RGB", (bar + w * max(map(len, rows)), top + h * len(rows)), "white")
+def draw_sheet(titles, rows, path, scale):
+    """Write a picture: a row per (label, [(uint8 (H, W, 3) array, caption), ...]), under titles."""
+    height, width = rows[0][1][0][0].shape[:2]
+    w, h, top, bar = width * scale + 4, height * scale + 16, 16, 58
+    sheet = Image.new("RGB", (bar + w * len(titles), top + h * len(rows)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for c, text in enumerate(titles):
         pen.text((bar + c * w + 2, 1), text, "black", font=font)
-    for r, row in enumerate(rows):
-        if names:
-            pen.text((2, top + r * h + 4), names[r], "black", font=font)
-        for c, (tile, text) in enumerate(row):
-            big = Image.fromarray(tile).resize((width * scale, height * scale), 0)
-            sheet.paste(big, (bar + c * w, top + r * h))
-            pen.text((bar + c * w + 2, top + r * h + height * scale), text, "black", font=font)
+    for y, (label, tiles) in zip(range(top, sheet.height, h), rows, strict=True):
+        pen.text((2, y + 4), label, "black", font=font)
+        for x, (tile, caption) in zip(range(bar, sheet.width, w), tiles, strict=True):
+            sheet.paste(Image.fromarray(tile).resize((w - 4, h - 16), 0), (x, y))
+            pen.text((x + 2, y + h - 16), caption, "black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
 def draw_expansion(expansion, args, path):
-    """Write the exemplar, and 15 pairs made from it, with the outlines of their masks."""
+    """Write the exemplar and 15 pairs made from it, with the outlines of their masks."""
     torch.manual_seed(args.seed)
     x, m = expansion(15)
-    x, m = torch.cat([expansion.x, x]).cpu(), torch.cat([expansion.m, m]).cpu()
-    pixels = (x * 255).byte().permute(0, 2, 3, 1).numpy()
-    tiles = [(outline(a, b[0] > 0.5), "") for a, b in zip(pixels, m, strict=True)]
-    tiles[0] = tiles[0][0], "the exemplar"
-    draw_sheet([tiles[:8], tiles[8:]], path)
+    x = (torch.cat([expansion.exemplar[:, :3], x]) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    m = torch.cat([expansion.exemplar[:, 3:], m]).cpu() > 0.5
+    tiles = [(outline(a, b[0]), "") for a, b in zip(x, m, strict=True)]
+    rows = [("exemplar,\nthen pairs\nmade of it", tiles[:8]), ("", tiles[8:])]
+    draw_sheet([""] * 8, rows, path, 2)
 
 
-def draw_calibration(nets, first, final, data, args, path):
-    """Write the way of best, median and worst images, by the final Dice, through latent space."""
-    truth = consensus(data.masks)
-    p0, h = batched(lambda x: segment(first, x, args), data.images)
-    pred = batched(lambda x: segment(final, x, args)[0], data.images)
+def draw_calibration(nets, first, final, test, args, path):
+    """Write the best, median and worst test images by final Dice, with the way of calibration."""
+    truth = consensus(test.masks)
+    pred = batched(lambda x: segment(final, x, args), test.images)
     order = overlap_metrics(pred > 0.5, truth)["dice"].argsort(descending=True).tolist()
-    n = len(order)
-    places = {"best": order[: min(2, n)], "median": order[n // 2 : n // 2 + 2], "worst": order[-2:]}
-    picks = [(name, i) for name, indices in places.items() for i in indices]
-    index = [i for _, i in picks]
-    way = calibrate(nets, data.images[index], p0[index], h[index], args, path=True).cpu()
-    times = ddim_times(args)[::-1]
+    mid = len(order) // 2
+    picks = [("best", i) for i in order[:2]] + [("median", i) for i in order[mid : mid + 2]]
+    picks += [("worst", i) for i in order[-2:]]
+    index = torch.tensor([i for _, i in picks])
+    img, truth, pred = test.images[index], truth[index], pred[index]
+    p0 = segment(first, img, args)
+    way = calibrate(nets, img, p0, features(first, img, args), args, whole_way=True).cpu()
+    times, rows = ddim_times(args)[::-1], []
     shown = sorted({0, len(times) // 3, 2 * len(times) // 3})
-    titles = ["image + truth", "initial p0", *(f"t = {times[k]}" for k in shown)]
-    titles += ["calibrated p1", "Caudo-Diff", "truth"]
-    rows = []
-    for (_, i), steps in zip(picks, way, strict=True):
-        img = data.images[i].permute(1, 2, 0).numpy()
-
-        def tile(p, i=i):
-            dice = overlap_metrics(p[None, None] > 0.5, truth[i : i + 1])["dice"].item()
-            return colour_map(p), f"Dice {dice:.2f}"
-
-        row = [(outline(img, truth[i, 0]), ""), tile(p0[i, 0]), *(tile(steps[k]) for k in shown)]
-        result = outline(img, pred[i, 0] > 0.5, (255, 230, 0)), tile(pred[i, 0])[1]
-        rows.append([*row, tile(steps[-1]), result, (colour_map(truth[i, 0]), "")])
-    draw_sheet(rows, path, titles, [f"{name}\n{data.ids[i][-7:]}" for name, i in picks])
+    for k, (name, i) in enumerate(picks):
+        x = img[k].permute(1, 2, 0).numpy()
+        stages = [p0[k, 0].cpu(), *(way[k, s] for s in shown), way[k, -1], pred[k, 0]]
+        dice = [overlap_metrics(p[None, None] > 0.5, truth[k : k + 1])["dice"] for p in stages]
+        tiles = [colour_map(p) for p in stages[:-1]] + [outline(x, pred[k, 0] > 0.5, (255, 230, 0))]
+        tiles = [(t, f"Dice {d.item():.2f}") for t, d in zip(tiles, dice, strict=True)]
+        tiles = [(outline(x, truth[k, 0]), ""), *tiles, (colour_map(truth[k, 0]), "")]
+        rows.append((f"{name}\n{test.ids[i][-7:]}", tiles))
+    titles = ["image + truth", "first label p0", *(f"t = {times[s]}" for s in shown)]
+    draw_sheet([*titles, "calibrated p1", "Caudo-Diff", "truth"], rows, path, 2)
 
 
 def predict(net, args, folder):
     """Segment --predict files; per image a mask, overlay and probability PNG and a json.
 
     All are in the image's own size. A file that cannot be read is reported and the others go on;
-    the returned list holds those errors.
+    returns the list of those errors.
     """
-    files, errors = [], []
+    files, errors, used = [], [], set()
     for path in map(Path, args.predict):
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = [p for p in inside if p == path or p.suffix.lower() in IMAGE_SUFFIXES]
-        files += found
-        if not found:
-            errors.append(f"--predict {path}: no image in this folder")
+        files += (found := [p for p in inside if p == path or p.suffix.lower() in IMAGE_SUFFIXES])
+        errors += [] if found else [f"--predict {path}: no image in this folder"]
     folder.mkdir(parents=True, exist_ok=True)
-    used = set()
     for path in tqdm(files, "predict", unit="image", disable=None):
         try:
             img = read_image(path)  # uint8 (3, H, W)
+            size = img.shape[1:]
+            if min(size) < 8:
+                raise DataError(f"{path}: {size[1]} x {size[0]} px, smaller than 8 x 8")
         except DataError as error:
             errors.append(str(error))
             continue
-        size = img.shape[1:]
         small = F.interpolate(img[None].float(), args.size, mode="bilinear", antialias=True)
         small = small.round().clamp(0, 255).to(torch.uint8)
-        p, _ = segment(net, small, args)
-        p = F.interpolate(p, size, mode="bilinear", align_corners=False)[0, 0].cpu()
+        p = F.interpolate(segment(net, small, args).cpu(), size, mode="bilinear")[0, 0]  # (H, W)
+        mask = p > 0.5
         stem, k = path.stem, 2
         while stem in used:
             stem, k = f"{path.stem}_{k}", k + 1
         used.add(stem)
-        overlay = outline(img.permute(1, 2, 0).numpy(), p > 0.5, (255, 230, 0))
-        mask = (p > 0.5).numpy().astype(np.uint8) * 255
-        for name, pixels in {
-            "mask": mask,
-            "overlay": overlay,
-            "probability": colour_map(p),
-        }.items():
+        overlay = outline(img.permute(1, 2, 0).numpy(), mask, (255, 230, 0))
+        pictures = {"mask": mask.numpy().astype(np.uint8) * 255, "overlay": overlay}
+        pictures["probability"] = colour_map(p)
+        for name, pixels in pictures.items():
             Image.fromarray(pixels).save(folder / f"{stem}_{name}.png")
         numbers = {"file": str(path), "width": size[1], "height": size[0]}
-        numbers["share"] = (p > 0.5).float().mean().item()
+        numbers |= {"share": mask.float().mean().item(), "mean_in_mask": (p * mask).sum().item()}
+        numbers["mean_in_mask"] /= max(1, mask.sum().item())
         (folder / f"{stem}.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return errors
 
@@ -612,8 +628,10 @@ class Expansion:
         self.images, mask = images.to(args.device), mask[None].to(args.device).float()
         img = img[None].to(args.device).float() / 255
         self.exemplar = torch.cat([img, mask], 1)  # (1, 4, H, W)
-        stats = batched(lambda x: colour_statistics(x.to(args.device).float() / 255)[:2], images)
-        self.mean, self.std = (s.to(args.device) for s in stats)  # (N, 3, 1, 1) each
+        stats = batched(
+            lambda i: torch.cat(colour_statistics(i.to(args.device).float() / 255)[:2], 3), images
+        ).to(args.device)
+        self.mean, self.std = stats.split(1, 3)  # (N, 3, 1, 1) each
         ring = F.max_pool2d(mask, 15, 1, 7) - F.max_pool2d(mask, 3, 1, 1)  # around the object
         self.around = (opponent(img) * ring).sum((2, 3), keepdim=True) / (ring.sum() + 1e-6)
         h, w = mask.shape[2:]
@@ -693,53 +711,38 @@ def strong_view(x):
     return (x + (torch.randn(x.shape) * uniform(0, 0.03, b)).to(x)).clamp(0, 1)
 
 
-def save_checkpoint(state, path):
-    """Write state to path so that either the old file or the whole new one is there, never half."""
-    buffer, temp = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save(state, buffer)
-    try:
-        temp.write_bytes(buffer.getbuffer())
-        os.replace(temp, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temp.unlink()
-        raise DataError(
-            f"cannot write {path} ({error.strerror}); older files are intact"
-        ) from error
+def segmenter_loss(net, expansion, labels, args):
+    """The loss of one batch: pairs of the expansion and, with labels, twice as many images.
 
-
-def segmenter_loss(net, expansion, pseudo, args):
-    b = args.batch_size
-    n_u = 0 if pseudo is None else b * 2 // 3
-    x, m = expansion(b - n_u)
+    labels: None, or images uint8 (N, 3, H, W) and their masks and weights, float (N, 1, H, W).
+    """
+    n = args.batch_size * 2 // 3 if labels else 0
+    x, m = expansion(args.batch_size - n)
     w = torch.ones_like(m)
-    if n_u:
-        images, target, weight = pseudo
-        i = torch.randint(len(images), (n_u,))
-        xu, tu = augment(
-            images[i].to(args.device).float() / 255,
-            torch.cat([target[i], weight[i]], 1).to(args.device),
-        )
-        x, m, w = torch.cat([x, xu]), torch.cat([m, tu[:, :1]]), torch.cat([w, tu[:, 1:]])
-    logits, _ = net(strong_view(x))
-    return segmentation_loss(logits, m, w)
+    if labels:
+        i = torch.randint(len(labels[0]), (n,))
+        img, *rest = (y[i].to(args.device).float() for y in labels)
+        img, rest = augment(img / 255, torch.cat(rest, 1))
+        x, m, w = torch.cat([x, img]), torch.cat([m, rest[:, :1]]), torch.cat([w, rest[:, 1:]])
+    return segmentation_loss(net(strong_view(x))[0], m, w)
 
 
-def full_loss(net, data, args):
-    """The loss of full supervision: all masks, each image with one random rater."""
-    i = torch.randint(len(data), (args.batch_size,))
-    rater = torch.randint(data.masks.shape[1], (args.batch_size,))
-    x, m = data.images[i].to(args.device), data.masks[i, rater][:, None].to(args.device)
+def full_loss(net, labelled, args):
+    """The loss of full supervision, the ceiling: each image with the mask of one random rater."""
+    i = torch.randint(len(labelled), (args.batch_size,))
+    rater = torch.randint(labelled.masks.shape[1], (args.batch_size,))
+    x, m = labelled.images[i].to(args.device), labelled.masks[i, rater][:, None].to(args.device)
     x, m = augment(x.float() / 255, m.float())
     return segmentation_loss(net(strong_view(x))[0], m)
 
 
 def autoencoder_loss(net, expansion, args):
+    """The loss of one batch of masks and corrupted masks; keeps latents at unit variance."""
     _, m = expansion(args.batch_size)
     m = torch.cat([m, corrupt(m)])
     z = net.encode(m)
-    logits = net.decode(z + 0.05 * torch.randn_like(z))
-    unit = z.mean().square() + (z.std() - 1).square()  # latents of unit variance
+    logits = net.decode(z + 0.05 * torch.randn(z.shape).to(z))
+    unit = z.mean().square() + (z.std() - 1).square()
     return F.binary_cross_entropy_with_logits(logits, m) + 0.1 * unit
 
 
@@ -752,14 +755,26 @@ def denoiser_loss(net, expansion, segmenter, ae, args):
         seen = segmenter(strong_view(strong_view(x)))[0].sigmoid()
         p = corrupt(torch.where(torch.rand(b, 1, 1, 1).to(x) < 0.4, m, seen))
         h, z0, z_p = segmenter(x)[1], ae.encode(m), ae.encode(p)
-    c = net.condition(x, p, h, z_p) * (torch.rand(b, 1, 1, 1) > 0.15).to(x)  # c = 0: unguided
+    c = net.guide(x, p, h, z_p) * (torch.rand(b, 1, 1, 1) > 0.15).to(x)  # c = 0: unguided
     t = torch.randint(T, (b,)).to(x.device)
     a = ALPHA_BAR.to(x.device)[t][:, None, None, None]
     x0_hat = net(add_noise(z0, t, torch.randn(z0.shape).to(z0)), t, c)
     return ((x0_hat - z0).square() / (1 - a + 0.02)).mean()  # Eq. 5 [Caudo, O]
 
 
-def load_checkpoint(path, kind, args, fixed=("width", "size")):
+def save_checkpoint(state, path):
+    """Write state to path so that either the old file or the whole new one is there, never half."""
+    temp = path.with_suffix(".tmp")
+    try:
+        torch.save(state, temp)
+        os.replace(temp, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        with contextlib.suppress(OSError):
+            temp.unlink()
+        raise DataError(f"cannot write {path} ({error}); older files are intact") from error
+
+
+def load_checkpoint(path, kind, args, fixed):
     """Read a checkpoint of stage kind, trained with the flags `fixed` as they are now.
 
     Raises DataError if it is missing, broken, another method's or trained with other flags.
@@ -770,53 +785,47 @@ def load_checkpoint(path, kind, args, fixed=("width", "size")):
         raise DataError(f"no checkpoint {path}: train first, or name one by --checkpoint") from None
     except Exception as error:  # torch and zipfile raise all kinds
         raise DataError(f"{path} is not a readable checkpoint; train again") from error
-    if not isinstance(state, dict) or state.get("method") != METHOD or state.get("kind") != kind:
-        raise DataError(f"{path} is a checkpoint of something else, not of {kind} in {METHOD}.py")
+    if not isinstance(state, dict) or (state.get("method"), state.get("kind")) != (METHOD, kind):
+        raise DataError(f"{path} is a checkpoint of something else, not {METHOD}'s {kind}")
     for name in fixed:
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            flag = "x".join(map(str, was[::-1])) if name == "size" else was
-            raise DataError(f"{path} was trained with --{name} {flag}: pass that flag")
+            flag = name.replace("_", "-")
+            raise DataError(
+                f"{path} was trained with {flag} = {was}, now it is {now}: keep --{flag}"
+            )
     return state
-
-
-def stage_seed(seed, stage):
-    """Each stage has its own seed, so that stages do not depend on what ran before them."""
-    return int(hashlib.sha256(f"{seed}/{stage}".encode()).hexdigest()[:8], 16)
 
 
 def train(stage, net, loss_function, steps, args, folder):
     """Train one network, the loop of all stages: (EMA network, seconds).
 
     loss_function(net) draws a batch and returns its loss. <folder>/<stage>.pt holds all that
-    --resume needs; a finished stage is only loaded.
+    --resume needs; a finished stage is only loaded. Each stage has a seed of its own, so that it
+    does not depend on what ran before it.
     """
-    torch.manual_seed(stage_seed(args.seed, stage))
-    steps = min(steps, args.max_steps)
+    torch.manual_seed(int(hashlib.sha256(f"{args.seed}/{stage}".encode()).hexdigest()[:8], 16))
+    net = net().to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
     file, step, seconds, log, smooth = folder / f"{stage}.pt", 0, 0.0, [], None
+    steps = min(steps, args.max_steps or steps)
     if args.eval_only or (args.resume and file.exists()):
-        state = load_checkpoint(file, stage, args)
-        for name in ("lr", "batch_size", "bf16", *KNOBS):
-            if (was := state["args"][name]) != getattr(args, name):
-                raise DataError(f"{file}: {name} was {was}, now {getattr(args, name)}; keep it")
+        state = load_checkpoint(file, stage, args, MODEL_FLAGS if args.eval_only else TRAIN_FLAGS)
         ema.load_state_dict(state["ema"])
         step, seconds, log, smooth = (state[k] for k in ("step", "seconds", "log", "smooth"))
+        if step < steps and args.eval_only:
+            raise DataError(f"{file}: stopped at step {step} of {steps}; --resume first")
         if step < steps:
-            if args.eval_only:
-                raise DataError(f"{file}: stopped at step {step} of {steps}; --resume first")
             net.load_state_dict(state["net"])
             opt.load_state_dict(state["opt"])
             torch.set_rng_state(state["rng"])
-            if state["cuda_rng"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["cuda_rng"])
     forward = torch.compile(net) if args.compile else net
     stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     start = time.time() - seconds
     bar = tqdm(total=steps * args.batch_size, initial=step * args.batch_size, unit="img",
-               desc=stage, smoothing=0.05)  # fmt: skip
+               desc=stage, smoothing=0.05, disable=step >= steps)  # fmt: skip
     while step < steps:
         net.train()
         warm, cosine = min(1, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -842,7 +851,6 @@ def train(stage, net, loss_function, steps, args, folder):
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if step % args.save_every and step < steps and not stop:
             continue
-        rng = torch.get_rng_state()
         seconds = time.time() - start
         log.append([stage, step, round(smooth, 6)])
         state = {
@@ -850,11 +858,15 @@ def train(stage, net, loss_function, steps, args, folder):
             "seconds": seconds, "log": log, "smooth": smooth,
             "args": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()},
         }  # fmt: skip
-        if step < steps:
-            cuda = args.device.startswith("cuda")
-            state |= {"net": net.state_dict(), "opt": opt.state_dict(), "rng": rng}
-            state |= {"cuda_rng": torch.cuda.get_rng_state() if cuda else None}
+        if step < steps:  # a finished stage needs no more
+            state |= {
+                "net": net.state_dict(),
+                "opt": opt.state_dict(),
+                "rng": torch.get_rng_state(),
+            }
         save_checkpoint(state, file)
+        with open(folder / "log.csv", "a", newline="") as table:
+            csv.writer(table).writerow(log[-1])
         if stop:
             bar.close()
             print(f"stopped at step {step} of {stage}; add --resume to go on", file=sys.stderr)
@@ -864,30 +876,31 @@ def train(stage, net, loss_function, steps, args, folder):
     return ema, seconds
 
 
-def caudo_diff(method, first, nets, expansion, images, args, folder):
-    """Steps 5 and 6, R rounds: label the images, calibrate, retrain: (segmenter, labels, seconds).
+def retrain(method, first, nets, expansion, images, args, folder):
+    """Steps 5 and 6 for R rounds: label the images, calibrate, retrain; (segmenter, labels, seconds).
 
-    method: "caudo_diff", "caudo_diff_unguided", "self_training" (p1 = p0) or "exemplar_only" (no
-    image is labelled). labels: the pairs (p0, p1) of all rounds.
+    method: "caudo_diff", "caudo_diff_unguided", "self_training" (p1 = p0) or "exemplar_only" (the
+    images stay unlabelled). labels: the pairs (p0, p1) (N, 1, H, W) of all rounds.
     """
-    segmenter, labels, seconds = first, [], 0
-    _, h = batched(lambda x: segment(first, x, args), images)
+    segmenter, labels, seconds = first, [], 0.0
+    h = batched(lambda x: features(first, x, args), images)
     for r in range(1, args.rounds + 1):
-        pseudo = None
+        given = None
         if method != "exemplar_only":
-            p0, _ = batched(lambda x: segment(segmenter, x, args), images)
-            p1 = p0
+            p0 = p1 = batched(lambda x, net=segmenter: segment(net, x, args), images)
             if method != "self_training":
                 guided = method == "caudo_diff"
-                p1 = batched(lambda *x: calibrate(nets, *x, args, guided), images, p0, h)
+                p1 = batched(lambda *x, on=guided: calibrate(nets, *x, args, on), images, p0, h)
             labels.append((p0, p1))
-            pseudo = images, (p1 > 0.5).float(), reliability(p0, p1)
+            given = images, (p1 > 0.5).float(), reliability(p0, p1)
         segmenter, s = train(
             f"{method}_{r}",
-            copy.deepcopy(segmenter).requires_grad_(True),
-            lambda net: segmenter_loss(net, expansion, pseudo, args),
-            max(1, args.steps // 2), args, folder,
-        )  # fmt: skip
+            lambda net=segmenter: copy.deepcopy(net).requires_grad_(True),
+            lambda net, given=given: segmenter_loss(net, expansion, given, args),
+            max(1, args.steps // 2),
+            args,
+            folder,
+        )
         seconds += s
     return segmenter, labels, seconds
 
@@ -900,14 +913,14 @@ def caudo_diff(method, first, nets, expansion, images, args, folder):
 def choose_exemplars(data, wanted):
     """Indices of the exemplars: ids as given; auto:N are the N images nearest to the median.
 
-    Nearest by colour statistics and by the contrast of the centre, in median deviations; no mask
-    is read. Raises DataError for an unknown id.
+    Nearest by colours, contrast and what the centre differs by, in median deviations; images only.
+    Raises DataError for an unknown id.
     """
     x, (h, w) = data.images.float() / 255, data.images.shape[2:]
     mean, std, _ = colour_statistics(x)
-    middle = opponent(x[:, :, h // 4 : -h // 4, w // 4 : -w // 4]).mean((2, 3))
-    s = torch.cat([mean.flatten(1), std.flatten(1), middle - mean.flatten(1)], 1)  # (N, 9)
-    off = (s - s.median(0).values).abs()
+    middle = opponent(x[:, :, h // 4 : -(h // 4), w // 4 : -(w // 4)]).mean((2, 3), keepdim=True)
+    stats = torch.cat([mean, std, middle - mean], 1).flatten(1)  # (N, 9)
+    off = (stats - stats.median(0).values).abs()
     typical = (off / (off.median(0).values + 1e-6)).square().sum(1).argsort().tolist()
     chosen = []
     for name in wanted:
@@ -916,167 +929,190 @@ def choose_exemplars(data, wanted):
         elif name in data.ids:
             chosen.append(data.ids.index(name))
         else:
-            raise DataError(
-                f"--exemplar {name}: no such image in the training set; its first is {data.ids[0]}"
-            )
+            first, last = data.ids[0], data.ids[-1]
+            raise DataError(f"--exemplar {name}: no such training image; there are {first}..{last}")
     return list(dict.fromkeys(chosen))
 
 
-def read_exemplar_mask(name, args):
-    """The mask (1, H, W) bool of one training image; no other mask file is opened."""
+def exemplar_mask(name, args):
+    """The mask (1, H, W) bool of the training image `name`; no other mask file is opened."""
     if args.data == "synthetic":
-        data = load_segmentation(args.data, args.data_root, "train", args.size)
-        i = data.ids.index(name)
-        return consensus(data.masks[i : i + 1])[0]
-    pairs = _pairs(args.data, Path(args.data_root), "train", images_only=True)
+        drawn = load_segmentation("synthetic", "", "train", args.size)
+        i = drawn.ids.index(name)
+        return consensus(drawn.masks[i : i + 1])[0]
+    pairs = datasets._pairs(args.data, Path(args.data_root), "train", images_only=True)
     image = next(p for (p,) in pairs if p.stem == name)
-    folder = image.parent.with_name(
-        "masks" if args.data == "folder" else "ISIC2018_Task1_Training_GroundTruth"
-    )
-    found = [p for p in folder.glob(f"{glob.escape(name)}*")
-             if p.stem.removesuffix("_segmentation") == name]  # fmt: skip
+    masks = "masks" if args.data == "folder" else "ISIC2018_Task1_Training_GroundTruth"
+    folder = image.parent.with_name(masks)
+    found = [p for p in sorted(folder.glob("*")) if p.stem.removesuffix("_segmentation") == name]
     if not found:
-        raise DataError(f"{folder}: no mask of the exemplar {name}; add {name}.png")
-    mask = read_mask(found[0], args.size, exif_from=image).bool()
+        raise DataError(f"{folder}: no mask of the exemplar {name}; add it or correct --exemplar")
+    mask = datasets.read_mask(found[0], args.size, exif_from=image).bool()
     if not mask.any():
         raise DataError(f"{found[0]}: the exemplar's mask is empty; choose another --exemplar")
     return mask
 
 
-def summary(rows):
-    """{row: {metric: (N,)}} -> {row: {metric: {"mean", "std"}}}."""
+def load(args, split, images_only=False):
+    """A split of the data set; its first 24 images with --quick."""
+    found = load_segmentation(
+        args.data, args.data_root, split, args.size, None, images_only, args.num_workers
+    )
+    cut = slice(24 if args.quick else None)
+    images, masks = found.images[cut], found.masks[cut]
+    return replace(found, ids=found.ids[cut], images=images, masks=masks)
+
+
+def averages(rows):
+    """Means and standard deviations over the images: {row: {metric: (N,)}} -> the same of dicts."""
     return {
         row: {
             m: {"mean": v.mean().item(), "std": v.std(unbiased=False).item()}
             for m, v in metrics.items()
+            if m in METRICS
         }
         for row, metrics in rows.items()
     }
+
+
+def over_exemplars(results):
+    """Mean and standard deviation over exemplars of their means; of one exemplar, its own."""
+    if len(results) == 1:
+        return results[0]
+    table = {row: {m: [r[row][m]["mean"] for r in results] for m in METRICS} for row in results[0]}
+    return averages({row: {m: torch.tensor(v) for m, v in ms.items()} for row, ms in table.items()})
 
 
 def print_table(rows):
     """Print mean metrics, a row per method."""
     print(f"\n{'':24}" + "".join(f"{m:>11}" for m in METRICS))
     for row, metrics in rows.items():
-        print(f"{ROWS.get(row, row):22}" + "".join(f"{metrics[m]['mean']:11.3f}" for m in METRICS))
+        cells = "".join(f"{metrics[m]['mean']:11.3f}" for m in METRICS)
+        print(f"{ROWS.get(row, row):24}{cells}")
 
 
 def run_exemplar(index, train_set, test, full, args, folder):
-    """Train and evaluate all methods with one exemplar; returns its record, written to disk too."""
+    """Train, evaluate and draw all methods with one exemplar; (result, network Caudo-Diff)."""
     name, seconds = train_set.ids[index], {}
-    folder.mkdir(parents=True, exist_ok=True)
-    mask = read_exemplar_mask(name, args)
     others = [k for k in range(len(train_set)) if k != index]
     images = train_set.images[others]
+    mask = exemplar_mask(name, args)
+    folder.mkdir(parents=True, exist_ok=True)
     expansion = Expansion(train_set.images[index], mask, images, args)
     draw_expansion(expansion, args, folder / "figures" / "expansion.png")
 
-    def stage(name, net, loss_function, steps):
-        net = net.to(args.device, memory_format=torch.channels_last)
-        ema, seconds[name] = train(name, net, loss_function, steps, args, folder)
-        return ema
+    def stage(kind, build, loss, steps):
+        net, seconds[kind] = train(kind, build, loss, steps, args, folder)
+        return net
 
-    torch.manual_seed(args.seed)
-    unet, ae = UNet(args.width), Autoencoder(args.latent_factor)
-    first = stage(
-        "exemplar", unet, lambda net: segmenter_loss(net, expansion, None, args), args.steps
-    )
-    ae = stage("autoencoder", ae, lambda net: autoencoder_loss(net, expansion, args), args.steps)
-    g = Denoiser(args.latent_factor, 2 * args.width)
-    g = stage(
-        "denoiser", g, lambda net: denoiser_loss(net, expansion, first, ae, args), 2 * args.steps
-    )
-    nets = {"autoencoder": ae, "denoiser": g}
+    first = stage("exemplar", lambda: UNet(args.width),
+                  lambda net: segmenter_loss(net, expansion, None, args), args.steps)  # fmt: skip
+    ae = stage("autoencoder", lambda: Autoencoder(args.latent_factor),
+               lambda net: autoencoder_loss(net, expansion, args), 2 * args.steps)  # fmt: skip
+    g = stage("denoiser", lambda: Denoiser(args.latent_factor, 2 * args.width),
+              lambda net: denoiser_loss(net, expansion, first, ae, args), 2 * args.steps)  # fmt: skip
     methods = ["caudo_diff", "caudo_diff_unguided", "self_training", "exemplar_only"]
     segmenters, labels = {}, {}
-    for method in methods[: None if args.compare else 1]:
-        segmenters[method], labels[method], seconds[method] = caudo_diff(
-            method, first, nets, expansion, images, args, folder
+    for method in methods if args.compare else methods[:1]:
+        segmenters[method], labels[method], seconds[method] = retrain(
+            method, first, (ae, g), expansion, images, args, folder
         )
-    if full:
-        segmenters["full_supervision"] = full
-    rows = evaluate(segmenters, test, args)
-    draw_calibration(
-        nets, first, segmenters["caudo_diff"], test, args, folder / "figures" / "calibration.png"
-    )
-    record = {"exemplar": name, "seconds": seconds, "rows": summary(rows)}
-    if args.compare:  # all training is done: now the other masks may be looked at
+    final = segmenters["caudo_diff"]
+    draw_calibration((ae, g), first, final, test, args, folder / "figures" / "calibration.png")
+    rows = evaluate(segmenters | ({"full_supervision": full} if full else {}), test, args)
+    result = {"exemplar": name, "seconds": seconds, "rows": averages(rows)}
+    if args.compare:  # all training is done: only now the other masks may be looked at
         truth = consensus(load(args, "train").masks[others])
-        record["rounds"] = {
-            method: [
-                {
-                    kind: {
-                        m: v.mean().item()
-                        for m, v in overlap_metrics(p > 0.5, truth).items()
-                        if m in METRICS
-                    }
-                    for kind, p in zip(("initial", "calibrated"), pair, strict=True)
-                }
-                for pair in labels[method]
-            ]
-            for method in methods[:3]
-        }
-        z = batched(lambda m: ae.decode(ae.encode(m.to(args.device).float())), truth)
-        record["autoencoder_dice"] = overlap_metrics(z > 0, truth)["dice"].mean().item()
-    (folder / "result.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
-
-
-def load(args, split, images_only=False):
-    data = load_segmentation(
-        args.data, args.data_root, split, args.size,
-        images_only=images_only, workers=args.num_workers,
-    )  # fmt: skip
-    n = 24 if args.quick else None
-    cut = {k: getattr(data, k)[:n] for k in ("ids", "images", "masks")}
-    return replace(data, **cut)
+        rounds = [
+            {
+                "initial": overlap_metrics(p0 > 0.5, truth),
+                "calibrated": overlap_metrics(p1 > 0.5, truth),
+            }
+            for p0, p1 in labels["caudo_diff"]
+        ]
+        result["pseudo_labels"] = [averages(r) for r in rounds]
+        rebuilt = batched(lambda m: ae.decode(ae.encode(m.to(args.device).float())), truth)
+        result["autoencoder_dice"] = overlap_metrics(rebuilt > 0, truth)["dice"].mean().item()
+    return result, final
 
 
 def run(args):
     """Load, train, evaluate, draw; returns the exit status."""
     folder = Path(args.out) / METHOD / args.data / f"seed{args.seed}"
     if args.predict:
-        checkpoint = Path(args.checkpoint) if args.checkpoint else folder / "best.pt"
-        net = UNet(args.width).to(args.device).eval()
-        net.load_state_dict(load_checkpoint(checkpoint, "segmenter", args)["ema"])
+        state = load_checkpoint(
+            Path(args.checkpoint or folder / "best.pt"), "best", args, MODEL_FLAGS
+        )
+        net = UNet(args.width).to(args.device, memory_format=torch.channels_last).eval()
+        net.load_state_dict(state["ema"])
         errors = predict(net, args, folder / "predictions")
         print(f"predictions in {folder / 'predictions'}")
         for error in errors:
-            print(f"caudo_diff.py: error: {error}", file=sys.stderr)
+            print(f"{METHOD}.py: error: {error}", file=sys.stderr)
         return 2 if errors else 0
-    folder.mkdir(parents=True, exist_ok=True)
     train_set, test = load(args, "train", images_only=True), load(args, "test")
+    chosen = choose_exemplars(train_set, args.exemplar)
     if len(train_set) < 2:
-        raise DataError(f"{args.data_root}: no unlabelled image besides the exemplar; add some")
-    exemplars = choose_exemplars(train_set, args.exemplar)
+        raise DataError(f"{args.data_root}: no unlabelled image beside the exemplar; add some")
+    if args.epochs:
+        args.steps = args.epochs * math.ceil(len(train_set) / args.batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    if not args.resume and not args.eval_only:
+    if not args.resume and not args.eval_only:  # what an earlier run left must not be resumed
         for file in [*folder.glob("*.pt"), *folder.glob("*/*.pt")]:
             file.unlink()
-    records = []
     full, seconds = None, {}
-    if args.compare:
+    if args.compare:  # the ceiling; it is the same for all exemplars
         labelled = load(args, "train")
-        torch.manual_seed(args.seed)
-        net = UNet(args.width).to(args.device, memory_format=torch.channels_last)
         full, seconds["full_supervision"] = train(
-            "full_supervision", net, lambda net: full_loss(net, labelled, args),
-            args.steps + args.rounds * max(1, args.steps // 2), args, folder,
-        )  # fmt: skip
-        del labelled
-    for index in exemplars:
-        records.append(
-            run_exemplar(index, train_set, test, full, args, folder / train_set.ids[index])
+            "full_supervision",
+            lambda: UNet(args.width),
+            lambda net: full_loss(net, labelled, args),
+            args.steps + args.rounds * (args.steps // 2),
+            args,
+            folder,
         )
-    print(records)
+    results = []
+    for index in chosen:
+        out = folder / train_set.ids[index]
+        result, final = run_exemplar(index, train_set, test, full, args, out)
+        if not results:  # for --predict
+            shown = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+            state = {"method": METHOD, "kind": "best", "ema": final.state_dict(), "args": shown}
+            save_checkpoint(state, folder / "best.pt")
+        results.append(result)
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB of main memory
+    if args.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated(args.device) / 2**20
+    summary = {
+        "method": METHOD, "data": args.data, "split": "test", "n_images": len(test),
+        "n_unlabelled": len(train_set) - 1, "size": f"{args.size[1]}x{args.size[0]}",
+        "seed": args.seed, "steps": args.steps, "rounds": args.rounds,
+        "seconds": seconds | {r["exemplar"]: r["seconds"] for r in results},
+        "device": args.device, "peak_memory_mib": round(peak), "torch": torch.__version__,
+        "git": commit or None, "command": " ".join([f"python {METHOD}.py", *args.argv]),
+        "rows": over_exemplars([r["rows"] for r in results]), "exemplars": results,
+    }  # fmt: skip
+    if args.compare:
+        last = [{k: r["pseudo_labels"][0][k] for k in ("initial", "calibrated")} for r in results]
+        summary["pseudo_labels"] = over_exemplars(last)
+    (folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_table(summary["rows"])
+    if args.compare:
+        print("\nFirst pseudo-labels of the unlabelled images:")
+        print_table(summary["pseudo_labels"])
+    figures = folder / train_set.ids[chosen[0]] / "figures" / "calibration.png"
+    print(f"\n{len(test)} test images of {args.data}, {len(chosen)} exemplar(s). Open {figures}")
     return 0
 
 
 def main(argv=None):
     """Run the command line; every foreseeable error is one line and exit status 2."""
-    args = parse_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
-    previous = signal.getsignal(signal.SIGINT)
+    args, previous = parse_args(argv), signal.getsignal(signal.SIGINT)
     try:
         status = run(args)
     except (DataError, OSError) as error:
