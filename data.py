@@ -199,6 +199,9 @@ def _pairs(name, root, split, images_only):
         if not files:
             raise DataError(f"{folder}: no image file here; fill it or correct --data-root")
         found.append({p.stem.removesuffix("_segmentation"): p for p in files})
+        for p in files:
+            if found[-1][p.stem.removesuffix("_segmentation")] != p:
+                raise DataError(f"{p}: another file here has this name too; rename or remove one")
     for have, lack, what in ((found[0], found[-1], "mask"), (found[-1], found[0], "image")):
         for stem in sorted(set(have) - set(lack)):
             raise DataError(f"{have[stem]}: has no {what}; add it or remove this file")

@@ -16,6 +16,7 @@ from PIL import Image
 import diffseg
 
 SCRIPT = Path(diffseg.__file__)
+METRICS = {"dice", "iou", "precision", "recall", "thresholded_jaccard", "ged"}
 TINY = ["--quick", "--size", "32x16", "--width", "16", "--device", "cpu", "--no-compare"]
 
 
@@ -28,8 +29,8 @@ def run(*argv):
     return 0
 
 
-def weights(folder, seed=0, kind="last"):
-    path = Path(folder) / "diffseg" / "synthetic" / f"seed{seed}" / f"{kind}.pt"
+def weights(folder, kind="diffseg"):
+    path = Path(folder) / "diffseg" / "synthetic" / "seed0" / f"last_{kind}.pt"
     return torch.load(path, weights_only=True)["ema"]
 
 
@@ -47,14 +48,15 @@ def test_noise_schedule_at_both_ends():
 
 
 @pytest.mark.parametrize("t", [1, 20, 400, 999])
-def test_true_reconstruction_gives_the_true_noise_and_the_difference_of_two(t):
+def test_difference_equals_that_of_the_papers_scaled_pseudo_noises(t):
     g = torch.Generator().manual_seed(0)
-    x0, eps, other = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(3))
-    t = torch.full((2,), t)
-    xt = diffseg.add_noise(x0, t, eps)
-    assert torch.allclose(diffseg.pseudo_noise(xt, t, x0), eps, atol=2e-3)
-    difference = diffseg.diffusion_difference(xt, t, other, x0)
-    assert torch.allclose(difference, other - x0, atol=2e-3)
+    x0, eps, healthy, lesion = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(4))
+    xt = diffseg.add_noise(x0, torch.full((2,), t), eps).double()
+    a = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: t + 1])
+    pseudo = [(xt - np.sqrt(a) * x0_hat) / np.sqrt(1 - a) for x0_hat in (healthy, lesion)]
+    expected = (pseudo[1] - pseudo[0]) * np.sqrt(1 - a) / np.sqrt(a)
+    found = diffseg.diffusion_difference(healthy, lesion).double()
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_ged_and_distances_by_explicit_loops():
@@ -112,7 +114,7 @@ def test_tile_tags_say_what_the_tiles_hold(supervision):
     for tag, low, high in ((diffseg.HEALTHY, 0.0, 0.0), (diffseg.LESION, 0.8, 1.0)):
         chosen = windows[tags == tag].tolist()
         assert len(chosen) > 5
-        for i, x, y, w, h in chosen:
+        for (x, y, w, h), i in zip(chosen, (tags == tag).nonzero()[:, 0].tolist(), strict=True):
             share = mask[i, 0, y : y + h, x : x + w].float().mean().item()
             assert (low <= share <= high) or supervision == "border"
             assert x >= 0 and y >= 0 and x + w <= 128 and y + h <= 96
@@ -132,21 +134,32 @@ def test_score_does_not_depend_on_the_batch_and_threshold_finds_the_best():
     net = diffseg.build("diffseg", args).eval()
     torch.nn.init.normal_(net.head[-1].weight)
     img = torch.randint(0, 256, (3, 3, 16, 32), dtype=torch.uint8)
-    together, _ = diffseg.lesion_scores(net, img, args)
-    alone, _ = diffseg.lesion_scores(net, img[1:2], args)
+    together = diffseg.lesion_scores(net, img, args)
+    alone = diffseg.lesion_scores(net, img[1:2], args)
     assert together.shape == (3, args.outputs, 16, 32)
     assert torch.allclose(together[1:2], alone, atol=0.02)  # bf16 sums in another order
-    masks = torch.rand(3, 1, 16, 32) > 0.5
-    threshold, dice = diffseg.choose_threshold(0.3 + 0.3 * masks.float(), masks)
-    assert dice == 1 and 0.3 <= threshold < 0.6
+
+
+def test_threshold_has_the_best_dice_and_spread_the_lowest_ged(monkeypatch):
+    args = diffseg.parse_args([*TINY])
+    ramp = torch.linspace(0.02, 0.98, 32).expand(4, 8, 16, 32)
+    monkeypatch.setitem(diffseg.SCORES, "diffseg", lambda *_: ramp)
+    raters = ramp[:, :3] > torch.tensor([0.4, 0.5, 0.6])[:, None, None]
+    for masks, wide in ((raters, True), (raters[:, 1:2], False)):
+        val = diffseg.load_segmentation("synthetic", "", "val", (16, 32), limit=4)
+        val.masks = masks
+        (threshold, spread), dice = diffseg.calibrate("diffseg", None, val, args)
+        assert dice == 1 and 0.46 < threshold < 0.54 and (spread > 0) == wide
+    middle = diffseg.relative(ramp[:, :1], (0.3, 2.0))  # a single output has no spread
+    assert torch.equal(middle > 0, ramp[:, :1] > 0.3)
 
 
 def test_crf_integration_keeps_a_clear_lesion_and_is_seeded():
     args = diffseg.parse_args([*TINY])
     img = torch.full((1, 3, 16, 32), 200, dtype=torch.uint8)
     img[..., 4:12, 8:24] = 80
-    scores = (img[:, :1] < 100).float().mul(0.8).add(0.1).expand(1, 4, -1, -1)
-    a, b = (diffseg.crf_integrate(scores, img, 0.5, args) for _ in range(2))
+    logits = torch.where(img[:, :1] < 100, 2.0, -2.0).expand(1, 4, -1, -1)
+    a, b = (diffseg.crf_integrate(logits, img, args) for _ in range(2))
     assert torch.equal(a, b) and a.shape == (1, args.crf_rounds, 16, 32)
     assert torch.equal(a[0, 0] > 0.5, img[0, 0] < 100)
 
@@ -155,11 +168,11 @@ def test_bare_command_writes_all_results_and_two_runs_agree(tmp_path, capsys):
     for name in "ab":
         assert run("--quick", "--size", "32x16", "--width", 16, "--out", tmp_path / name) == 0
     folder = tmp_path / "a" / "diffseg" / "synthetic" / "seed0"
-    for name in ("args.json", "log.csv", "last.pt", "best_unet.pt"):
+    for name in ("log_unet.csv", "log_diffseg.csv", "last_diffseg.pt", "best_unet.pt"):
         assert (folder / name).stat().st_size
     rows = json.loads((folder / "result.json").read_text())["rows"]
     assert list(rows) == ["otsu", "unet", "diffseg", "diffseg_crf"]
-    assert all(set(row) == set(diffseg.METRICS) for row in rows.values())
+    assert all(set(row) == METRICS for row in rows.values())
     assert "panel.png" in capsys.readouterr().out
     assert Image.open(folder / "figures" / "panel.png").width > 500
     other = tmp_path / "b" / "diffseg" / "synthetic" / "seed0"
@@ -176,15 +189,15 @@ def test_official_pair_trains(tmp_path):
     assert run(*TINY, "--pair", "official", "--map", "signed", "--out", tmp_path) == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how):
-    command = [*TINY, "--max-steps", "60", "--save-every", "10", "--out"]
+@pytest.mark.parametrize(("how", "stage"), [(signal.SIGINT, "diffseg"), (signal.SIGKILL, "unet")])
+def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how, stage):
+    command = [*TINY, "--compare", "--max-steps", "40", "--save-every", "10", "--out"]
     assert run(*command, tmp_path / "whole") == 0
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *command, tmp_path / "cut"], env=env, stderr=subprocess.PIPE
     )
-    last = tmp_path / "cut" / "diffseg" / "synthetic" / "seed0" / "last.pt"
+    last = tmp_path / "cut" / "diffseg" / "synthetic" / "seed0" / f"last_{stage}.pt"
     deadline = time.time() + 60
     while not last.exists() and time.time() < deadline:
         time.sleep(0.01)
@@ -192,9 +205,10 @@ def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how):
     err = process.communicate()[1].decode()
     if how == signal.SIGINT:
         assert process.returncode == 130 and "--resume" in err
-    assert torch.load(last, weights_only=True)["step"] < 60
+    assert torch.load(last, weights_only=True)["step"] < 40
     assert run(*command, tmp_path / "cut", "--resume") == 0
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    for kind in ("diffseg", "unet"):
+        assert same(weights(tmp_path / "whole", kind), weights(tmp_path / "cut", kind))
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +277,7 @@ def test_cuda_without_a_gpu(capsys):
 
 
 def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys):
-    best = trained / "diffseg" / "synthetic" / "seed0" / "best.pt"
+    best = trained / "diffseg" / "synthetic" / "seed0" / "best_diffseg.pt"
     base = [*TINY, "--out", trained, "--eval-only", "--checkpoint"]
     torch.save({"method": "pepl"}, tmp_path / "pepl.pt")
     (tmp_path / "broken.pt").write_bytes(best.read_bytes()[:1000])
@@ -271,17 +285,18 @@ def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys):
         assert run(*base, tmp_path / name) == 2
         assert name in capsys.readouterr().err
     assert run(*base, best, "--width", "32") == 2
-    assert "--width 16" in capsys.readouterr().err
+    assert "--width" in capsys.readouterr().err
 
 
 def test_full_disk_leaves_the_earlier_checkpoint_intact(trained, monkeypatch, capsys):
-    last = trained / "diffseg" / "synthetic" / "seed0" / "last.pt"
+    last = trained / "diffseg" / "synthetic" / "seed0" / "last_diffseg.pt"
     before = last.read_bytes()
 
-    def full(self, data):
-        raise OSError(28, "No space left on device")
+    def full(state, path):
+        path.write_bytes(b"half of it")
+        raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(torch, "save", full)
     assert run(*TINY, "--out", trained) == 2
     assert "No space left" in capsys.readouterr().err
     assert last.read_bytes() == before and not list(last.parent.glob("*.tmp"))
