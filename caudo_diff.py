@@ -43,7 +43,7 @@ ROWS = {
 }
 MODEL_FLAGS = ["width", "size"]
 TRAIN_FLAGS = [*MODEL_FLAGS, "latent_factor", "steps", "lr", "batch_size", "bf16", "rounds"]
-TRAIN_FLAGS += ["t_star", "guidance", "ddim_steps", "start"]
+TRAIN_FLAGS += ["start", "t_star", "guidance", "kappa", "ddim_steps"]
 
 # ==================================================================================================
 # 1. Command line
@@ -86,9 +86,10 @@ def parse_args(argv=None):
     add("--compare", action=on_off, default=True, help="also train what it is compared with")
     add("--exemplar", nargs="+", default=["auto"], metavar="ID", help="ids, or auto, or auto:N")
     add("--rounds", type=positive, default=3, help="rounds of calibration and retraining (ours)")
-    add("--start", default="inversion", choices=["inversion", "noise"], help="way to t* (ours)")
+    add("--start", default="noise", choices=["inversion", "noise"], help="way to t* (ours)")
     add("--t-star", type=int, default=900, help="the step t* that calibration starts from (ours)")
     add("--guidance", type=float, default=0.6, help="classifier-free guidance weight w (ours)")
+    add("--kappa", type=float, default=4.0, help="weight of the image's own colour edges (ours)")
     add("--ddim-steps", type=positive, default=5, help="DDIM steps from 0 to t* and back (ours)")
     add("--latent-factor", type=int, default=4, choices=[4, 8], help="pixels per latent (ours)")
     add("--width", type=int, default=32, help="channels of the first U-Net level (ours)")
@@ -209,6 +210,16 @@ def contrast_map(x, p):
     far = ((mean[0] - mean[1]) * normal).sum(1, keepdim=True)  # (B, 1, 1) Mahalanobis, squared
     score = (normal * (y - (mean[0] + mean[1]) / 2)).sum(1, keepdim=True)  # (B, 1, N)
     return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 [Caudo, O]
+
+
+def follow_image(x, logits, kappa):
+    """Move a mask (logits (B, 1, H, W)) to the colour edges of its image: probabilities.
+
+    ours: the guide in the latent space that a segmenter trained on one exemplar lacks: what is
+    inside and outside differs by other colours in each image, and the image itself tells by which.
+    """
+    evidence = F.avg_pool2d(contrast_map(x, logits.sigmoid()), 3, 1, 1, count_include_pad=False)
+    return torch.sigmoid(logits.clamp(-6, 6) + kappa * evidence)  # Eq. 7 [Caudo, O]
 
 
 def uniform(low, high, b, *shape):
@@ -461,10 +472,10 @@ def calibrate(nets, img, p0, h, args, guided=True, whole_way=False):
         def free(zt, t):
             return g(zt, torch.full((len(zt),), t, device=zt.device), torch.zeros_like(c))
 
-        def guide(zt, t):  # classifier-free guidance; w < 1 trusts the shape prior more
+        def guide(zt, t):  # classifier-free guidance; w < 1 trusts the prior of shapes more
             x0 = g(zt, torch.full((len(zt),), t, device=zt.device), c)
-            w = args.guidance
-            return x0 if w == 1 else torch.lerp(free(zt, t), x0, w)  # Eq. 6 [Caudo, O]
+            x0 = torch.lerp(free(zt, t), x0, args.guidance)  # Eq. 6 [Caudo, O]
+            return ae.encode(follow_image(img, ae.decode(x0), args.kappa))
 
         eps = None
         if args.start == "noise":  # the same for every image

@@ -20,7 +20,7 @@ import diffseg
 SCRIPT = Path(caudo_diff.__file__)
 TINY = ["--quick", "--size", "32x16", "--width", "16", "--device", "cpu"]
 TWINS = ["add_noise", "overlap_metrics", "Block", "consensus", "autocast", "batched", "colour_map"]
-TWINS += ["outline", "save_checkpoint", "load_checkpoint"]
+TWINS += ["outline", "save_checkpoint", "load_checkpoint", "draw_sheet", "positive"]
 
 
 def run(*argv):
@@ -80,17 +80,16 @@ def test_ddim_inverts_itself_and_its_error_falls_with_the_number_of_steps():
     errors = []
     for steps in (5, 20, 80):
         times = torch.linspace(0, 500, steps + 1).round().long().tolist()
-        back, way = caudo_diff.ddim_roundtrip(x0, x0, z, times)
-        again, _ = caudo_diff.ddim_roundtrip(x0, x0, z, times)
-        assert torch.equal(back, again) and len(way) == steps + 1
-        errors.append((back - z).square().mean().sqrt().item())
+        way = caudo_diff.there_and_back(z, x0, x0, times)
+        assert all(map(torch.equal, way, caudo_diff.there_and_back(z, x0, x0, times)))
+        errors.append((way[-1] - z).square().mean().sqrt().item())
     assert errors[2] < errors[1] < errors[0] < 0.2 and errors[2] < 0.02
 
 
-def test_ddim_with_a_perfect_denoiser_returns_the_truth_from_pure_noise():
+def test_ddim_with_a_perfect_denoiser_returns_the_truth_from_noise():
     x0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    z, _ = caudo_diff.ddim_roundtrip(None, lambda *_: x0, x0, [0, 300, 999], eps)
-    assert torch.allclose(z, x0, atol=0.05)  # t = 0 keeps 1e-4 of noise variance
+    way = caudo_diff.there_and_back(x0, None, lambda *_: x0, [0, 300, 999], eps)
+    assert torch.allclose(way[-1], x0, atol=0.05)  # t = 0 keeps 1e-4 of the noise's variance
 
 
 def test_contrast_map_finds_what_half_a_mask_marks():
@@ -105,8 +104,11 @@ def test_contrast_map_finds_what_half_a_mask_marks():
 
 
 def test_reliability_is_high_where_labels_agree_and_are_sure():
-    p0, p1 = torch.tensor([1.0, 1.0, 0.5, 0.0]), torch.tensor([1.0, 0.0, 0.5, 0.25])
-    assert caudo_diff.reliability(p0, p1).tolist() == pytest.approx([1, 0, 0, 0.375])
+    p0 = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]).view(2, 1, 2, 2)
+    p1 = torch.tensor([[1.0, 0.75, 0.0, 0.5], [1.0, 0.0, 1.0, 0.0]]).view(2, 1, 2, 2)
+    w = caudo_diff.reliability(p0, p1, power=2).flatten(1)
+    assert w[0].tolist() == pytest.approx([1, 0.75 * 0.5, 1, 0])
+    assert w[1].tolist() == pytest.approx([0.25, 0, 0, 0.25])  # Dice of the masks 1/2, squared
 
 
 def test_other_masks_are_never_read_in_training(tmp_path):
@@ -183,7 +185,7 @@ def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how, when):
 def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "mine")
-    make_folder(tmp_path / "single", n=1)
+    make_folder(tmp_path / "single", n=2)  # one of which is for validation
     for kind, size in (("images", (90, 33)), ("masks", (90, 33))):  # images may differ in size
         Image.new("L", size).save(tmp_path / "mine" / "train" / kind / "empty.png")
     base = [*TINY, "--data", "folder", "--exemplar", "img0", "--data-root", "mine"]
