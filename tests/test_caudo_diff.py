@@ -146,10 +146,11 @@ def test_bare_command_compares_draws_and_predicts(tmp_path, capsys):
     assert Image.open(folder / "predictions" / "a_mask.png").size == (50, 30)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("when", ["exemplar.pt", "caudo_diff_1.pt"])
+@pytest.mark.parametrize(
+    ("how", "when"), [(signal.SIGINT, "exemplar.pt"), (signal.SIGKILL, "caudo_diff_1.pt")]
+)
 def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how, when):
-    command = [*TINY, "--no-compare", "--max-steps", "30", "--save-every", "5", "--rounds", "2"]
+    command = [*TINY, "--no-compare", "--max-steps", "12", "--save-every", "3", "--rounds", "2"]
     assert run(*command, "--out", tmp_path / "whole") == 0
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
