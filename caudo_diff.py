@@ -143,6 +143,8 @@ def parse_args(argv=None):
         p.error(f"--t-star {args.t_star} must be at least --ddim-steps and below {T}")
     if args.width < 16 or args.width % 16:
         p.error(f"--width {args.width} must be a multiple of 16")
+    if args.batch_size < 8:
+        p.error("--batch-size must be at least 8: a sixth of it are pairs made from the exemplar")
     if not args.lr > 0:
         p.error("--lr must be positive")
     for name in args.exemplar:
@@ -751,7 +753,8 @@ class Expansion:
 
     def __call__(self, b):
         """Draw images (b, 3, H, W) in [0, 1] and masks (b, 1, H, W) in {0, 1}."""
-        parts = zip(self.recoloured(b - b // 3), self.pasted(b // 3), strict=True)
+        k = max(1, b // 3)
+        parts = zip(self.recoloured(b - k), self.pasted(k), strict=True)
         y, m = (torch.cat(part) for part in parts)
         # ours: other contrasts, tints, textures and softer borders of the object itself
         area = m.sum((2, 3), keepdim=True) + 1
@@ -776,11 +779,11 @@ def strong_view(x):
 
 
 def segmenter_loss(net, expansion, labels, args):
-    """The loss of one batch: pairs of the expansion and, with labels, twice as many images.
+    """The loss of one batch: pairs of the expansion and, with labels, five times as many images.
 
     labels: None, or images uint8 (N, 3, H, W) and their masks and weights, float (N, 1, H, W).
     """
-    n = args.batch_size * 2 // 3 if labels else 0
+    n = args.batch_size * 5 // 6 if labels else 0
     x, m = expansion(args.batch_size - n)
     w = torch.ones_like(m)
     if labels:
