@@ -211,17 +211,20 @@ def there_and_back(z, up, down, times, eps=None):
     return way
 
 
-# Orthonormal basis of log colours: brightness, blue-yellow, red-green, which vary independently.
-OPPONENT = F.normalize(torch.tensor([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]]))
-
-
 def opponent(x):
-    """Log colours of x (B, 3, H, W) in [0, 1] in the basis above; from_opponent is its inverse."""
-    return torch.einsum("ij,bjhw->bihw", OPPONENT.to(x), (x + 0.05).log())
+    """Log colours of x (B, 3, H, W) in [0, 1]: brightness, blue-yellow, red-green, orthonormal.
+
+    They vary nearly independently. No matrix product: bf16 autocast would round it.
+    """
+    r, g, b = (x + 0.05).log().unbind(1)
+    return torch.stack([(r + g + b) / 3**0.5, (r + g - 2 * b) / 6**0.5, (r - g) / 2**0.5], 1)
 
 
 def from_opponent(y):
-    return (torch.einsum("ij,bihw->bjhw", OPPONENT.to(y), y).exp() - 0.05).clamp(0, 1)
+    """The inverse of opponent, clamped to [0, 1]."""
+    light, blue, red = y[:, 0] / 3**0.5, y[:, 1] / 6**0.5, y[:, 2] / 2**0.5
+    x = torch.stack([light + blue + red, light + blue - red, light - 2 * blue], 1)
+    return (x.exp() - 0.05).clamp(0, 1)
 
 
 def colour_statistics(x):
@@ -247,7 +250,7 @@ def contrast_map(x, p):
     for w in (inside + 1e-4, 1 - inside + 1e-4):
         mean.append((y * w).sum(2, keepdim=True) / w.sum(2, keepdim=True))  # (B, 3, 1)
         d = (y - mean[-1]) * w.sqrt()
-        cov = cov + d @ d.transpose(1, 2) / y.shape[2]  # (B, 3, 3) within the classes
+        cov = cov + (d[:, :, None] * d[:, None]).mean(3)  # (B, 3, 3) within the classes
     normal = torch.linalg.solve(cov, mean[0] - mean[1])  # (B, 3, 1)
     far = ((mean[0] - mean[1]) * normal).sum(1, keepdim=True)  # (B, 1, 1) Mahalanobis, squared
     score = (normal * (y - (mean[0] + mean[1]) / 2)).sum(1, keepdim=True)  # (B, 1, N)
