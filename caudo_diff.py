@@ -79,7 +79,7 @@ ROWS = {
 PSEUDO = ["initial", "calibrated"]  # labels of the unlabelled images
 MODEL_FLAGS = ["width", "size"]
 TRAIN_FLAGS = "width size latent_factor steps round_steps max_steps rounds pool lr batch_size bf16"
-TRAIN_FLAGS = f"{TRAIN_FLAGS} start t_star guidance kappa ddim_steps".split()
+TRAIN_FLAGS = f"{TRAIN_FLAGS} t_star guidance kappa ddim_steps".split()
 
 # ==================================================================================================
 # 1. Command line
@@ -124,7 +124,6 @@ def parse_args(argv=None):
     add("--exemplar", nargs="+", default=["auto"], metavar="ID", help="ids, or auto, or auto:N")
     add("--rounds", type=positive, default=3, help="rounds of calibration and retraining (ours)")
     add("--pool", type=positive, default=600, help="at most so many images labelled a round (ours)")
-    add("--start", default="inversion", choices=["inversion", "noise"], help="way to t* (ours)")
     add("--t-star", type=int, default=900, help="the step t* that calibration starts from (ours)")
     add("--guidance", type=float, default=0.8, help="classifier-free guidance weight w (ours)")
     add("--kappa", type=float, default=4.0, help="weight of the image's own colour edges (ours)")
@@ -147,10 +146,6 @@ def parse_args(argv=None):
         p.error("--batch-size must be at least 8: a sixth of it are pairs made from the exemplar")
     if not args.lr > 0:
         p.error("--lr must be positive")
-    for name in args.exemplar:
-        kind, colon, count = name.partition(":")
-        if kind == "auto" and colon and not (count.isdecimal() and int(count)):
-            p.error(f"--exemplar {name}: N in auto:N must be a whole number of at least 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -192,19 +187,16 @@ def ddim_times(args):
     return torch.linspace(0, args.t_star, args.ddim_steps + 1).round().long().tolist()
 
 
-def there_and_back(z, up, down, times, eps=None):
+def there_and_back(z, up, down, times):
     """Latents z (B, C, h, w) at times[0] to times[-1] and back: the list of states on the way back.
 
-    up, down: functions (zt, t) -> x0_hat for either way. eps: noise of z's shape instead of up.
+    up, down: functions (zt, t) -> x0_hat of DDIM inversion and of DDIM, both deterministic.
     With up = down the end differs from z by the error of the discrete steps alone. Measured on a
     trained denoiser under its guide, as a share of the latents' deviation, for 4, 10, 30, 100, 300
     steps: 4.0, 1.8, 0.6, 0.2, 0.1 % from t* = 300, and 27, 17, 12, 6, 3 % from t* = 900.
     """
-    if eps is None:
-        for t, t_next in itertools.pairwise(times):
-            z = ddim_step(z, up(z, t), t, t_next)
-    else:
-        z = add_noise(z, torch.full((len(z),), times[-1], device=z.device), eps)
+    for t, t_next in itertools.pairwise(times):
+        z = ddim_step(z, up(z, t), t, t_next)
     way = [z]
     for t, t_next in itertools.pairwise(times[::-1]):
         way.append(ddim_step(way[-1], down(way[-1], t), t, t_next))
@@ -499,17 +491,11 @@ def consensus(masks):
 
 
 @torch.no_grad()
-def segment(net, img, args):
-    """Probabilities (B, 1, H, W) of images uint8 (B, 3, H, W)."""
+def segment(net, img, args, features=False):
+    """Probabilities (B, 1, H, W) of images uint8 (B, 3, H, W), or features h (B, C, H/8, W/8)."""
     with autocast(args):
-        return net(img.to(args.device).float() / 255)[0].sigmoid()
-
-
-@torch.no_grad()
-def features(net, img, args):
-    """The segmenter's bottleneck features (B, C, H/8, W/8) of images uint8 (B, 3, H, W)."""
-    with autocast(args):
-        return net(img.to(args.device).float() / 255)[1]
+        logits, h = net(img.to(args.device).float() / 255)
+    return h if features else logits.sigmoid()
 
 
 @torch.no_grad()
@@ -534,11 +520,7 @@ def calibrate(nets, img, p0, h, args, guided=True, whole_way=False):
             x0 = torch.lerp(free(zt, t), x0, args.guidance)  # Eq. 6 [Caudo, O]
             return ae.encode(follow_image(img, ae.decode(x0), kappa))
 
-        eps = None
-        if args.start == "noise":  # the same for every image
-            eps = torch.randn(1, *z.shape[1:], generator=torch.Generator().manual_seed(args.seed))
-            eps = eps.to(z).expand_as(z)
-        way = there_and_back(z, free, guide if guided else free, ddim_times(args), eps)
+        way = there_and_back(z, free, guide if guided else free, ddim_times(args))
         return torch.cat([ae.decode(z).sigmoid() for z in way[0 if whole_way else -1 :]], 1)
 
 
@@ -625,7 +607,7 @@ def draw_calibration(nets, first, final, test, args, path):
     index = torch.tensor([i for _, i in picks])
     img, truth, pred = test.images[index], truth[index], pred[index]
     p0 = segment(first, img, args)
-    way = calibrate(nets, img, p0, features(first, img, args), args, whole_way=True).cpu()
+    way = calibrate(nets, img, p0, segment(first, img, args, True), args, whole_way=True).cpu()
     times, rows = ddim_times(args)[::-1], []
     shown = sorted({0, len(times) // 3, 2 * len(times) // 3})
     for k, (name, i) in enumerate(picks):
@@ -675,8 +657,7 @@ def predict(net, args, folder):
         for name, pixels in pictures.items():
             Image.fromarray(pixels).save(folder / f"{stem}_{name}.png")
         numbers = {"file": str(path), "width": size[1], "height": size[0]}
-        numbers |= {"share": mask.float().mean().item(), "mean_in_mask": (p * mask).sum().item()}
-        numbers["mean_in_mask"] /= max(1, mask.sum().item())
+        numbers["share"] = mask.float().mean().item()
         (folder / f"{stem}.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return errors
 
@@ -966,7 +947,7 @@ def retrain(method, first, nets, expansion, images, args, folder):
             img = images[index]
             p0 = p1 = batched(lambda x, net=segmenter: segment(net, x, args), img)
             if method != "self_training":
-                h = batched(lambda x: features(first, x, args), img)
+                h = batched(lambda x: segment(first, x, args, True), img)
                 guided = method == "caudo_diff"
                 p1 = batched(lambda *x, on=guided: calibrate(nets, *x, args, on), img, p0, h)
             labels.append((index, p0, p1))
@@ -1002,13 +983,13 @@ def choose_exemplars(data, wanted):
     typical = (off / (off.median(0).values + 1e-6)).square().sum(1).argsort().tolist()
     chosen = []
     for name in wanted:
-        if name.split(":")[0] == "auto":
+        if name == "auto" or (name[:5] == "auto:" and name[5:].isdecimal()):
             chosen += typical[: int(name[5:] or 1)]
         elif name in data.ids:
             chosen.append(data.ids.index(name))
         else:
             first, last = data.ids[0], data.ids[-1]
-            raise DataError(f"--exemplar {name}: no such training image; there are {first}..{last}")
+            raise DataError(f"--exemplar {name}: neither auto:N nor one of {first} .. {last}")
     return list(dict.fromkeys(chosen))
 
 
@@ -1079,27 +1060,17 @@ def run_exemplar(index, mask, train_set, test, full, args, folder):
     expansion = Expansion(train_set.images[index], mask, images, args)
     draw_expansion(expansion, args, folder / "figures" / "expansion.png")
 
-    def stage(kind, build, loss, steps):
-        net, seconds[kind] = train(kind, build, loss, steps, args, folder)
+    def stage(kind, steps, build, loss, *inputs):
+        net, seconds[kind] = train(
+            kind, build, lambda net: loss(net, *inputs, args), steps, args, folder
+        )
         return net
 
-    first = stage(
-        "exemplar",
-        lambda: UNet(args.width),
-        lambda net: segmenter_loss(net, expansion, None, args),
-        args.steps,
-    )
-    ae = stage(
-        "autoencoder",
-        lambda: Autoencoder(args.latent_factor),
-        lambda net: autoencoder_loss(net, expansion, args),
-        2 * args.steps,
-    )
+    n, factor = args.steps, args.latent_factor
+    first = stage("exemplar", n, lambda: UNet(args.width), segmenter_loss, expansion, None)
+    ae = stage("autoencoder", 2 * n, lambda: Autoencoder(factor), autoencoder_loss, expansion)
     g = stage(
-        "denoiser",
-        lambda: Denoiser(args.latent_factor, 2 * args.width),
-        lambda net: denoiser_loss(net, expansion, first, ae, args),
-        args.steps,
+        "denoiser", n, lambda: Denoiser(factor, 2 * args.width), denoiser_loss, expansion, first, ae
     )
     nets = ae, g, args.kappa * colour_share(expansion.exemplar)
     methods = ["caudo_diff", "caudo_diff_unguided", "self_training", "exemplar_only"]

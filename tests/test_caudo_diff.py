@@ -86,10 +86,10 @@ def test_ddim_inverts_itself_and_its_error_falls_with_the_number_of_steps():
     assert errors[2] < 0.3 * errors[1] < 0.1 * errors[0] and errors[2] < 0.05
 
 
-def test_ddim_with_a_perfect_denoiser_returns_the_truth_from_noise():
-    x0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    way = caudo_diff.there_and_back(x0, None, lambda *_: x0, [0, 300, 999], eps)
-    assert torch.allclose(way[-1], x0, atol=0.05)  # t = 0 keeps 1e-4 of the noise's variance
+def test_ddim_with_a_perfect_denoiser_ends_at_the_truth():
+    start, truth = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    way = caudo_diff.there_and_back(start, lambda *_: start, lambda *_: truth, [0, 300, 999])
+    assert torch.allclose(way[-1], truth, atol=0.05)  # t = 0 keeps 1e-4 of the noise's variance
 
 
 def test_contrast_map_finds_what_half_a_mask_marks():
