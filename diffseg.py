@@ -105,9 +105,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="auto", choices=["auto", "on", "off"], help="bf16 autocast")
     add("--compile", action="store_true", help="torch.compile the networks in training")
-    add(
-        "--num-workers", type=positive, default=8, help="threads that decode images, first run only"
-    )
+    add("--num-workers", type=positive, default=8, help="threads that decode images, once")
     add("--out", default="out", help="results go to OUT/diffseg/DATA/seedK")
     add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
     add("--eval-only", action="store_true", help="no training: evaluate the best checkpoint")
@@ -127,17 +125,13 @@ def parse_args(argv=None):
     add("--t-infer", type=int, nargs=2, default=[5, 80], help="range of t_n at inference (ours)")
     add("--outputs", type=positive, default=8, help="N outputs an image, 2 N network calls (ours)")
     add("--crf-rounds", type=positive, default=3, help="K CRF results are averaged (paper)")
-    add(
-        "--crf-outputs", type=positive, default=4, help="H random outputs averaged for each (paper)"
-    )
+    add("--crf-outputs", type=positive, default=4, help="H random outputs for each (paper)")
     add("--sxy-bilateral", type=float, default=5.0, help="CRF: pixels (ours; paper 80)")
     add("--srgb", type=float, default=8.0, help="CRF: grey levels (ours; paper 13)")
     add("--compat-bilateral", type=float, default=1.0, help="CRF: weight (ours; paper 10)")
     add("--sxy-gaussian", type=float, default=3.0, help="CRF: pixels (paper)")
     add("--compat-gaussian", type=float, default=0.0, help="CRF: weight (ours; paper 3)")
-    add(
-        "--save-every", type=positive, default=200, help="steps between checkpoints and validations"
-    )
+    add("--save-every", type=positive, default=200, help="steps between checkpoints")
     args = p.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     args.epochs = args.epochs or (18 if args.data == "synthetic" else 30)
@@ -147,6 +141,8 @@ def parse_args(argv=None):
     for name in ("t_train", "t_infer"):
         if not 0 <= getattr(args, name)[0] <= getattr(args, name)[1] < T:
             p.error(f"--{name.replace('_', '-')} needs 0 <= LOW <= HIGH < {T}")
+    if args.batch_size < 3:
+        p.error("--batch-size must be at least 3: a batch holds implants and whole images")
     if args.width < 16 or args.width % 16:
         p.error(f"--width {args.width} must be a multiple of 16")
     if not args.lr > 0:

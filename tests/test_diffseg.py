@@ -254,7 +254,7 @@ def test_bad_files_to_predict_are_named_and_the_good_ones_done(trained, tmp_path
         (["--size", "7"], "--size"),
         (["--t-infer", "5", "1000"], "--t-infer"),
         (["--width", "20"], "--width"),
-        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "2"], "--batch-size"),
         (["--crf-rounds", "0"], "--crf-rounds"),
         (["--device", "tpu7"], "--device"),
         (["--data", "isic2018", "--data-root", "nowhere"], "nowhere"),
