@@ -3,8 +3,8 @@
 Paper: DiffSeg, https://arxiv.org/abs/2404.16474. The idea in five lines: noise an image, let one
 denoising network reconstruct it twice, as what it is ("lesion") and as its lesion-free counterpart
 ("healthy"), and take the difference: it shows the lesion. It learns the counterpart from tagged
-tiles, not pixels: lesion tiles blended into healthy tiles. Other noise gives other outputs, as
-other annotators would draw; their mean, variance and distance say how sure the result is.
+tiles, not pixels: lesion tiles blended into healthy tiles. Other noise and a tighter or looser
+threshold give other outputs, as of other annotators; where these differ the result is unsure.
 
     x0 --noise--> xt --+-- f(xt, t_n, lesion)  --> x0_lesion ---+
                        |                                        +-- difference, blend --> N masks
@@ -25,12 +25,13 @@ Deviations from the paper (D) and its code, with reasons:
 D1  One conditional network instead of two: half the memory. `--pair official` trains the two.
 D2  The lesion-free counterparts come from implantation; the paper does not say where its do.
 D3  Supervision is 48 tags an image, each of one random tile (healthy, lesion or partly lesion); the
-    masks of the training set only produce those tags. `--supervision border` reads none of them.
-    Both choose checkpoint, threshold and spread on the masks of the validation split.
-D4  The healthy reconstruction carries a fourth channel, the blend weight of a lesion, known for
+    masks of the training set only produce those tags. `--supervision border` uses none of them
+    (with --no-compare none is opened). Both choose checkpoint, threshold and spread on the masks of
+    the validation split.
+D4  The healthy reconstruction carries a fourth channel, "blend", presence of a lesion, known for
     implants and inside tagged tiles; of a partly lesion tile the maximum and minimum are known. The
     map is the geometric mean of it and of the difference (`--map blend|signed|norm`: one alone).
-D5  Small t (5..80 of 1000): in our trials on validation the maps got worse with growing t.
+D5  Small t at inference (5..80 of 1000; 5..250 in training): maps got worse with growing t.
 D6  Dice is the mean over images, GED compares with annotators and counts all pairs.
 D7  Each output has its own threshold, evenly spread around the common one as tighter and looser
     annotators would draw: outputs of one network at one threshold hardly differ. The spread is
@@ -70,10 +71,11 @@ from data import IMAGE_SUFFIXES, DataError, augment, load_segmentation, parse_si
 # Equations are tagged G where the paper or its code gives them, O where they are ours.
 METHOD = "diffseg"
 LESION, HEALTHY, MIXED, UNKNOWN = 0, 1, 2, 3  # tags of a tile; the first two also condition f
-MODEL_FLAGS = ["width", "pair", "size"]  # a checkpoint is only good with its own
-PREDICT_FLAGS = [*MODEL_FLAGS, "map", "t_infer"]  # its threshold too
+# Flags that must be as they were in training to load a network, to use its threshold, to resume:
+MODEL_FLAGS = ["width", "pair", "size"]
+PREDICT_FLAGS = [*MODEL_FLAGS, "map", "t_infer"]
 RESUME_FLAGS = [*PREDICT_FLAGS, "steps", "lr", "batch_size", "supervision", "t_train", "bf16"]
-RESUME_FLAGS += ["blend_weight", "outputs"]
+RESUME_FLAGS += ["blend_weight", "outputs", "data_root", "save_every"]
 CRF_FLAGS = ["sxy_gaussian", "compat_gaussian", "sxy_bilateral", "srgb", "compat_bilateral"]
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 
@@ -291,7 +293,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """U-Net f(x, t, y) of four levels: x (B, 3, H, W), t and y (B,) -> (B, c_out, H, W) float32.
 
-    As denoiser c_out = 4: the reconstruction of x0 and one logit, the blend weight of a lesion.
+    As denoiser c_out = 4: the reconstruction of x0 and one logit, the presence of a lesion (blend).
     As supervised baseline c_out = 1, with t = 0 and y = 0. H and W are multiples of 8.
     """
 
@@ -346,8 +348,10 @@ class OfficialPair(nn.Module):
 
 def build(kind, args):
     """The network of stage `kind`, "diffseg" or "unet", on the device."""
-    net = UNet(1, args.width) if kind == "unet" else None
-    net = net or (OfficialPair if args.pair == "official" else UNet)(4, args.width)
+    if kind == "unet":
+        net = UNet(1, args.width)
+    else:
+        net = (OfficialPair if args.pair == "official" else UNet)(4, args.width)
     return net.to(args.device, memory_format=torch.channels_last)
 
 
@@ -366,7 +370,7 @@ def lesion_scores(net, img, args, kind=None):
     """N outputs of DiffSeg for images (B, 3, H, W) uint8: scores (B, N, H, W) in [0, 1].
 
     The n-th output has its own noise and step t_n, the same for every image, so that the result
-    does not depend on the batch. It costs 2 N network calls, and no 1,000-step chain.
+    does not depend on the batch. It costs 2 N network calls (4 N with --pair official).
     """
     g, kind = torch.Generator().manual_seed(args.seed), kind or args.map
     x0, scores = img.to(args.device).float() / 127.5 - 1, []
@@ -414,8 +418,8 @@ def consensus(masks):
 def relative(scores, calibration):
     """Scores (B, N, H, W) as logits over each output's own threshold; > 0 is lesion.
 
-    calibration = (threshold, spread): the middle output has that threshold, and the logits of the
-    others' lie evenly up to `spread` above and below: annotators that draw tighter and looser.
+    calibration = (threshold, spread): the outputs' thresholds lie evenly, as logits, within
+    `spread` of the common one: annotators that draw tighter and looser. One output has just it.
     """
     threshold, spread = calibration
     n = scores.shape[1]
@@ -528,7 +532,8 @@ def draw_sheet(titles, rows, path, scale):
 def draw_panel(net, data, rows, masks, args, path):
     """Write the panel of the best, median and worst test images by Dice of DiffSeg + CRF."""
     order, n = rows["diffseg_crf"]["dice"].argsort(descending=True).tolist(), len(data)
-    places = {"best": order[:2], "median": order[n // 2 : n // 2 + 2], "worst": order[-2:]}
+    middle = max(0, (n - 1) // 2)
+    places = {"best": order[:2], "median": order[middle : middle + 2], "worst": order[-2:]}
     shown = [0, args.outputs // 2, args.outputs - 1]
     titles = ["image + truth", "truth", "difference", *(f"output {k + 1}" for k in shown)]
     sheet = []
@@ -711,13 +716,13 @@ class Tiles:
 
 
 def diffseg_loss(net, tiles, args):
-    """The loss of one batch: reconstructions of x0 and, for y = healthy, the blend weight."""
+    """The loss of one batch: reconstructions of x0 and, for y = healthy, the blend."""
     b = args.batch_size
     n_pairs = b // 3
     implanted, healthy, blob = tiles.implant(n_pairs)
     whole, tags = tiles.whole(b - n_pairs)
     x, counterpart = torch.cat([implanted, whole]), torch.cat([healthy, whole])
-    # Two networks learn as much each; one needs few lesion rows, since those just denoise.
+    # In one network few rows need be lesion, as those just denoise; two networks share equally.
     is_lesion = torch.rand(b, 1, 1, 1) < (0.5 if args.pair == "official" else 0.125)
     y = torch.where(is_lesion.flatten(), LESION, HEALTHY).to(x.device)
     t = torch.randint(args.t_train[0], args.t_train[1] + 1, (b,)).to(x.device)
@@ -727,12 +732,13 @@ def diffseg_loss(net, tiles, args):
     # A whole image tells its lesion-free counterpart only where its tiles are tagged healthy.
     known = torch.cat([torch.ones_like(blob), tags[:, HEALTHY : HEALTHY + 1]])
     target = torch.where(is_lesion, x, counterpart)
-    loss_x0 = (torch.where(is_lesion, 1, known) * (out[:, :3] - target) ** 2).mean()  # Eq. 2 [O]
-    # ours: the blend weight is the blob of an implant and 0 or 1 in healthy or lesion tiles ...
+    known = torch.where(is_lesion, 1, known)
+    loss_x0 = (known * (out[:, :3] - target) ** 2).mean()  # Eq. 2 [DiffSeg, O]
+    # ours: the blend is the blob of an implant and 0 or 1 in healthy or lesion tiles ...
     blend = torch.cat([blob, tags[:, LESION : LESION + 1]])
     weight = torch.cat([torch.ones_like(blob), tags[:, :2].amax(1, keepdim=True)]) * ~is_lesion
     bce = F.binary_cross_entropy_with_logits(logit, blend, weight, reduction="sum")
-    # ... and a mixed tile holds a lesion pixel and a healthy one: its maximum and minimum.
+    # ... and a mixed tile nearly always holds a lesion and a healthy pixel: maximum and minimum.
     box = (tags[:, 2:] > 0) & ~is_lesion[n_pairs:]  # (B', k, H, W)
     high = logit[n_pairs:].where(box, -torch.inf).flatten(2).amax(2)  # (B', k)
     low = logit[n_pairs:].where(box, torch.inf).flatten(2).amin(2)
@@ -785,10 +791,9 @@ def load_checkpoint(path, kind, args, fixed):
     for name in fixed:
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            flag = name.replace("_", "-")
-            raise DataError(
-                f"{path} was trained with {flag} = {was}, now it is {now}: keep --{flag}"
-            )
+            was = "x".join(map(str, was[::-1])) if name == "size" else was
+            flag = {"steps": "epochs", "bf16": "amp"}.get(name, name).replace("_", "-")
+            raise DataError(f"{path} was trained with {name} = {was}; keep --{flag} as it was then")
     return state
 
 
@@ -812,7 +817,7 @@ def train(kind, loss_function, val, args, folder):
             state[k] for k in ("step", "best", "smooth", "seconds", "log")
         )
         torch.set_rng_state(state["rng"])
-        if args.device.startswith("cuda"):
+        if args.device.startswith("cuda") and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], args.device)
     forward = torch.compile(net) if args.compile else net
     stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
@@ -838,7 +843,7 @@ def train(kind, loss_function, val, args, folder):
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.update(b)
-        bar.set_postfix(loss=f"{smooth:.4f}", val_dice=f"{best_dice:.3f}")
+        bar.set_postfix(loss=f"{smooth:.4f}", **({"val_dice": f"{best_dice:.3f}"} if log else {}))
         if step % args.save_every and step < args.steps and not stop:
             continue
         flags = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
@@ -924,9 +929,9 @@ def run(args):
         return 2 if errors else 0
     folder.mkdir(parents=True, exist_ok=True)
 
-    def load(split, size):
-        found = load_segmentation(args.data, args.data_root, split, size, workers=args.num_workers)
-        cut = slice(24 if args.quick else None)
+    def load(split, size, images_only=False):
+        root, workers, cut = args.data_root, args.num_workers, slice(24 if args.quick else None)
+        found = load_segmentation(args.data, root, split, size, None, images_only, workers)
         images, masks = found.images[cut], found.masks[cut]
         return replace(found, ids=found.ids[cut], images=images, masks=masks)
 
@@ -936,15 +941,16 @@ def run(args):
     if args.eval_only:
         state = load_checkpoint(best["diffseg"], "diffseg", args, MODEL_FLAGS)
         args.steps, trained_by = state["args"]["steps"], state["args"]["argv"]
-        if result_file.exists():  # the training's time is kept
+        if result_file.exists() and not args.checkpoint:  # the training's time is kept
             seconds = json.loads(result_file.read_text())["seconds"]
-        if args.compare and (folder / "best_unet.pt").exists():
+        if args.compare and not args.checkpoint and (folder / "best_unet.pt").exists():
             best["unet"] = folder / "best_unet.pt"
         for kind, path in best.items():
             nets[kind], _ = load_network(kind, path, args, MODEL_FLAGS)
             calibration[kind], _ = calibrate(kind, nets[kind], val, args)
     else:
-        train_set = load("train", (2 * args.size[0], 2 * args.size[1]))  # tiles need detail
+        double = (2 * args.size[0], 2 * args.size[1])  # tiles need detail
+        train_set = load("train", double, args.supervision == "border" and not args.compare)
         args.steps = args.epochs * math.ceil(len(train_set) / args.batch_size)
         args.steps = min(args.steps, args.max_steps or args.steps)
         tiles = Tiles(train_set, args)
@@ -974,7 +980,7 @@ def main(argv=None):
         print(f"diffseg.py: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # outside the training loop, which ends its step and saves first
-        print("interrupted; what was trained is saved, --resume goes on", file=sys.stderr)
+        print("interrupted; if it was training, --resume goes on", file=sys.stderr)
         status = 130
     finally:
         signal.signal(signal.SIGINT, previous)
