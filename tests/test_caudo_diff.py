@@ -86,10 +86,16 @@ def test_ddim_inverts_itself_and_its_error_falls_with_the_number_of_steps():
     assert errors[2] < 0.3 * errors[1] < 0.1 * errors[0] and errors[2] < 0.05
 
 
-def test_ddim_with_a_perfect_denoiser_ends_at_the_truth():
-    start, truth = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    way = caudo_diff.there_and_back(start, lambda *_: start, lambda *_: truth, [0, 300, 999])
-    assert torch.allclose(way[-1], truth, atol=0.05)  # t = 0 keeps 1e-4 of the noise's variance
+def test_calibration_is_deterministic_and_keeps_the_shape():
+    torch.manual_seed(0)
+    args = caudo_diff.parse_args([*TINY])
+    nets = caudo_diff.Autoencoder(4).eval(), caudo_diff.Denoiser(4, 32).eval(), 4.0
+    img = torch.randint(0, 256, (3, 3, 16, 32), dtype=torch.uint8)
+    p0, h = torch.rand(3, 1, 16, 32), torch.randn(3, 32, 2, 4)
+    a, b = (caudo_diff.calibrate(nets, img, p0, h, args) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == p0.shape and 0 <= a.min() <= a.max() <= 1
+    way = caudo_diff.calibrate(nets, img, p0, h, args, whole_way=True)
+    assert way.shape == (3, args.ddim_steps + 1, 16, 32) and torch.equal(way[:, -1:], a)
 
 
 def test_contrast_map_finds_what_half_a_mask_marks():
