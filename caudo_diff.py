@@ -844,9 +844,8 @@ def load_checkpoint(path, kind, args, fixed):
     for name in fixed:
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            flag = name.replace("_", "-")
             raise DataError(
-                f"{path} was trained with {flag} = {was}, now it is {now}: keep --{flag}"
+                f"{path} was trained with {name} = {was}, not {now}: use the same flags"
             )
     return state
 
