@@ -17,7 +17,9 @@ Commands:
     python pepl.py --data cub200 --arch resnet50 --pretrained --method pepl      (downloads; a GPU)
     python pepl.py --data folder --data-root mine --predict photo.jpg holiday/   (after training)
 
-Results: RESULTS_HERE
+Results: accuracy 96.4 % (PEPL), 94.5 (FreeMatch), 78.4 (supervised) on synthetic birds, 100 of
+    1,000 images labelled, mean of seeds 0-2, 600 test images, 1,200 steps, 6 CPU minutes a seed,
+    torch 2.15. On 170 flowers17 photographs it gains nothing (62.2, 62.7, 64.3): see README.md.
 
 Deviations from the paper (D), whose code is not public, with reasons:
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
