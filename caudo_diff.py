@@ -844,10 +844,9 @@ def load_checkpoint(path, kind, args, fixed):
     for name in fixed:
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            flag = name.replace("_", "-")
-            raise DataError(
-                f"{path} was trained with {flag} = {was}, now it is {now}: keep --{flag}"
-            )
+            was = "x".join(map(str, was[::-1])) if name == "size" else was
+            flag = {"steps": "epochs", "bf16": "amp"}.get(name, name).replace("_", "-")
+            raise DataError(f"{path} was trained with {name} = {was}; keep --{flag} as it was then")
     return state
 
 
