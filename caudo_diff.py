@@ -19,7 +19,10 @@ Commands:
     python caudo_diff.py --exemplar auto:3                three exemplars: mean and deviation
     python caudo_diff.py --predict photo.jpg folder       with the trained network
 
-RESULTS
+Results: Dice 0.802 (0.808 with CRF) against 0.785 (self-training), 0.776 (exemplar only) and 0.877
+    (full supervision) on 300 test images of an ISIC subset at 64 x 48 px, mean of 3 exemplars,
+    seed 0; synthetic 0.886, 0.849, 0.826, 0.921; on polyps (one exemplar) it fails: 0.289, 0.311,
+    0.316, 0.569. Commands: README.md; CPU, torch 2.15; minutes and records: docs/results.
 
 Deviations. Beyond its outline nothing of the paper is public, so all details are ours; above all:
 D1  "Guided" means three things here: classifier-free guidance by c (Eq. 6); c also holds the pixels
