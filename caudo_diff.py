@@ -19,8 +19,8 @@ Commands:
     python caudo_diff.py --exemplar auto:3                three exemplars: mean and deviation
     python caudo_diff.py --predict photo.jpg folder       with the trained network
 
-Results: Dice, mean of three exemplars (`--exemplar auto:3`), seed 0, 64 x 48 px, about 6 minutes of one
-CPU core an exemplar, torch 2.15; records in docs/results, commands and more in README.md.
+Results: Dice, mean of three exemplars (`--exemplar auto:3`), seed 0, 64 x 48 px, 6 minutes of a CPU
+core an exemplar, torch 2.15; records in docs/results, commands and more in README.md.
                                exemplar only  self-training  Caudo-Diff  + CRF  full supervision
     synthetic, n = 128                 0.826          0.849       0.886  0.888             0.921
     ISIC subset, n = 300               0.776          0.785       0.802  0.808             0.877
