@@ -38,7 +38,8 @@ D3  The denoiser learns from corrupted masks and from the segmenter's own errors
     views, corrupted too: its errors on the pairs it was trained with are too small.
 D4  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 8).
 D5  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
-    chosen on the synthetic validation images and, sparingly, on 100 of ISIC.
+    chosen on masks of synthetic images, of ISIC's training and 100 validation images and of some
+    validation frames of the polyps, never of test images; the method itself needs none of them.
 """
 
 import argparse

@@ -7,6 +7,7 @@ labelled, unlabelled = label_split(birds.labels, per_class=4, seed=0)   # indice
 """
 
 import argparse
+import contextlib
 import gzip
 import math
 import os
@@ -115,12 +116,10 @@ def _store(key, sources, decode, root, workers=8):
     for item in (item for source in sources for item in source):
         stat = item.stat() if isinstance(item, Path) else None  # else it is a label
         listing.append([str(item), stat and stat.st_size, stat and stat.st_mtime_ns])
-    try:
+    with contextlib.suppress(Exception):  # none there, or broken (torch raises all kinds): build it
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["listing"] == listing:
             return saved["columns"]
-    except Exception:  # none there, or broken (torch raises all kinds): build it
-        pass
     with ThreadPoolExecutor(workers) as pool:
         rows = pool.map(lambda source: decode(*source), sources)
         for i, row in enumerate(tqdm(rows, f"decoding {key}", len(sources), unit="image")):

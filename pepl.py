@@ -38,7 +38,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import io
 import json
 import math
 import os
@@ -422,9 +421,9 @@ def accuracy(probs, labels):
 def colour_map(x):
     """Map x (H, W) in [0, 1] to colours uint8 (H, W, 3), black over violet and orange to white."""
     stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 200]])
-    x = np.asarray(x, dtype=float).clip(0, 1)
-    channels = [np.interp(x, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)]
-    return np.stack(channels, -1).astype(np.uint8)
+    table = [np.interp(np.linspace(0, 4, 256), np.arange(5), stops[:, c]) for c in range(3)]
+    index = (np.asarray(x, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    return np.stack(table, -1).astype(np.uint8)[index]
 
 
 def overlay(img, maps):
@@ -526,17 +525,14 @@ def draw_curves(logs, path):
 
 def save_checkpoint(state, path):
     """Write state to path so that either the old file or the whole new one is there, never half."""
-    buffer, temp = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save(state, buffer)
+    temp = path.with_suffix(".tmp")
     try:
-        temp.write_bytes(buffer.getbuffer())
+        torch.save(state, temp)
         os.replace(temp, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         with contextlib.suppress(OSError):
             temp.unlink()
-        raise DataError(
-            f"cannot write {path} ({error.strerror}); older files are intact"
-        ) from error
+        raise DataError(f"cannot write {path} ({error}); older files are intact") from error
 
 
 def load_checkpoint(path, args, fixed=()):

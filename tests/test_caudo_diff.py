@@ -16,6 +16,7 @@ from PIL import Image
 
 import caudo_diff
 import diffseg
+import pepl
 
 SCRIPT = Path(caudo_diff.__file__)
 TINY = ["--quick", "--size", "32x16", "--width", "16", "--device", "cpu"]
@@ -65,6 +66,11 @@ def same(a, b):
 def test_twins_of_diffseg_are_verbatim(name):
     twin, own = getattr(diffseg, name), getattr(caudo_diff, name)
     assert inspect.getsource(own) == inspect.getsource(twin)
+
+
+@pytest.mark.parametrize("name", ["autocast", "colour_map", "save_checkpoint"])
+def test_twins_of_pepl_are_verbatim(name):
+    assert inspect.getsource(getattr(pepl, name)) == inspect.getsource(getattr(diffseg, name))
 
 
 def test_ddim_inverts_itself_and_its_error_falls_with_the_number_of_steps():

@@ -171,10 +171,13 @@ def test_augmentation_is_per_image_and_faster_than_pil():
             function()
         return time.process_time() - start
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waiting threads spin, and their time would count as work
     ours = seconds(lambda: pepl.strong_augment(pepl.weak_augment(images, (48, 48))))
     theirs = seconds(lambda: torch.stack([pil_augment(i) for i in pil]))
+    torch.set_num_threads(threads)
     print(f"augmentation: {288 / ours:.0f} images/s, PIL {288 / theirs:.0f}: {theirs / ours:.1f} x")
-    assert ours < 3 * theirs  # a busy machine must not fail it; the printed ratio is the figure
+    assert ours < theirs
 
 
 # ---- data.py: splits, folders, download
