@@ -771,10 +771,11 @@ def strong_view(x):
     return (x + (torch.randn(x.shape) * uniform(0, 0.03, b)).to(x)).clamp(0, 1)
 
 
-def segmenter_loss(net, expansion, labels, args):
-    """The loss of one batch: pairs of the expansion and, with labels, five times as many images.
+def draw_pairs(expansion, labels, args):
+    """A batch of the segmenter: x (B, 3, H, W), masks and weights (B, 1, H, W).
 
-    labels: None, or images uint8 (N, 3, H, W) and their masks and weights, float (N, 1, H, W).
+    Pairs of the expansion and, with labels, five times as many images. labels: None, or images
+    uint8 (N, 3, H, W) and their masks and weights, float (N, 1, H, W).
     """
     n = args.batch_size * 5 // 6 if labels else 0
     x, m = expansion(args.batch_size - n)
@@ -784,21 +785,32 @@ def segmenter_loss(net, expansion, labels, args):
         img, *rest = (y[i].to(args.device).float() for y in labels)
         img, rest = augment(img / 255, torch.cat(rest, 1))
         x, m, w = torch.cat([x, img]), torch.cat([m, rest[:, :1]]), torch.cat([w, rest[:, 1:]])
-    return segmentation_loss(net(strong_view(x))[0], m, w)
+    return strong_view(x), m, w
 
 
-def full_loss(net, labelled, args):
-    """The loss of full supervision, the ceiling: each image with the mask of one random rater."""
+def draw_labelled(labelled, args):
+    """A batch of full supervision, the ceiling: each image with the mask of one random rater."""
     i = torch.randint(len(labelled), (args.batch_size,))
     rater = torch.randint(labelled.masks.shape[1], (args.batch_size,))
     x, m = labelled.images[i].to(args.device), labelled.masks[i, rater][:, None].to(args.device)
     x, m = augment(x.float() / 255, m.float())
-    return segmentation_loss(net(strong_view(x))[0], m)
+    return strong_view(x), m
 
 
-def autoencoder_loss(net, expansion, args):
-    """The loss of one batch of masks and corrupted masks; keeps latents at unit variance."""
-    _, m = expansion(args.batch_size)
+def draw_views(expansion, args):
+    """A batch of the denoiser: x (B, 3, H, W), masks, and views so changed that f errs on them."""
+    b, (x, m) = args.batch_size, expansion(args.batch_size)
+    x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
+    return x, m, strong_view(strong_view(x))
+
+
+def segmenter_loss(net, x, m, w=None):
+    """The loss of a batch of draw_pairs or draw_labelled."""
+    return segmentation_loss(net(x)[0], m, w)
+
+
+def autoencoder_loss(net, m):
+    """The loss of masks (B, 1, H, W), whole and corrupted; keeps latents at unit variance."""
     m = torch.cat([m, corrupt(m)])
     z = net.encode(m)
     logits = net.decode(z + 0.05 * torch.randn(z.shape).to(z))
@@ -806,17 +818,15 @@ def autoencoder_loss(net, expansion, args):
     return F.binary_cross_entropy_with_logits(logits, m) + 0.1 * unit
 
 
-def denoiser_loss(net, expansion, segmenter, ae, args):
-    """The loss of one batch of the guided denoiser: pairs of a corrupted and the true mask."""
-    b, (x, m) = args.batch_size, expansion(args.batch_size)
-    x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
+def denoiser_loss(net, x, m, view, segmenter, ae):
+    """The loss of a batch of draw_views: a corrupted mask guides, the true mask is the target."""
+    keep = (torch.rand(2, len(x), 1, 1, 1) > torch.tensor([0.6, 0.15]).view(2, 1, 1, 1, 1)).to(x)
     with torch.no_grad():
-        # the true mask, or what the segmenter makes of a very different view; then corrupted
-        seen = segmenter(strong_view(strong_view(x)))[0].sigmoid()
-        p = corrupt(torch.where(torch.rand(b, 1, 1, 1).to(x) < 0.4, m, seen))
+        # the true mask, or what the segmenter makes of the view; then corrupted
+        p = corrupt(torch.where(keep[0] > 0, m, segmenter(view)[0].sigmoid()))
         h, z0, z_p = segmenter(x)[1], ae.encode(m), ae.encode(p)
-    c = net.guide(x, p, h, z_p) * (torch.rand(b, 1, 1, 1) > 0.15).to(x)  # c = 0: unguided
-    t = torch.randint(T, (b,)).to(x.device)
+    c = net.guide(x, p, h, z_p) * keep[1]  # c = 0: unguided
+    t = torch.randint(T, (len(x),)).to(x.device)
     a = ALPHA_BAR.to(x.device)[t][:, None, None, None]
     x0_hat = net(add_noise(z0, t, torch.randn(z0.shape).to(z0)), t, c)
     return ((x0_hat - z0).square() / (1 - a + 0.02)).mean()  # Eq. 5 [Caudo, O]
@@ -861,12 +871,12 @@ def plain(args):
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
 
 
-def train(stage, net, loss_function, steps, args, folder):
+def train(stage, net, draw, loss_function, steps, args, folder):
     """Train one network, the loop of all stages: (EMA network, seconds).
 
-    loss_function(net) draws a batch and returns its loss. <folder>/<stage>.pt holds all that
-    --resume needs; a finished stage is only loaded. Each stage has a seed of its own, so that it
-    does not depend on what ran before it.
+    net() builds it, draw() returns a batch, loss_function(net, *batch) its loss. All that --resume
+    needs is in <folder>/<stage>.pt; a finished stage is only loaded. Each stage has a seed of its
+    own, so that it does not depend on what ran before it.
     """
     torch.manual_seed(int(hashlib.sha256(f"{args.seed}/{stage}".encode()).hexdigest()[:8], 16))
     net = net().to(args.device, memory_format=torch.channels_last)
@@ -897,8 +907,9 @@ def train(stage, net, loss_function, steps, args, folder):
         warm, cosine = min(1, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in opt.param_groups:
             group["lr"] = args.lr * warm * cosine
+        batch = draw()  # in float32: bf16 would round the warps' grids by up to a quarter pixel
         with autocast(args):
-            loss = loss_function(forward)
+            loss = loss_function(forward, *batch)
         value = loss.item()
         if not math.isfinite(value):
             raise DataError(
@@ -961,7 +972,8 @@ def retrain(method, first, nets, expansion, images, args, folder):
         segmenter, s = train(
             f"{method}_{r}",
             lambda net=segmenter: copy.deepcopy(net).requires_grad_(True),
-            lambda net, given=given: segmenter_loss(net, expansion, given, args),
+            lambda given=given: draw_pairs(expansion, given, args),
+            segmenter_loss,
             args.round_steps,
             args,
             folder,
@@ -1066,17 +1078,31 @@ def run_exemplar(index, mask, train_set, test, full, args, folder):
     expansion = Expansion(train_set.images[index], mask, images, args)
     draw_expansion(expansion, args, folder / "figures" / "expansion.png")
 
-    def stage(kind, steps, build, loss, *inputs):
-        net, seconds[kind] = train(
-            kind, build, lambda net: loss(net, *inputs, args), steps, args, folder
-        )
+    def stage(kind, *how):
+        net, seconds[kind] = train(kind, *how, args, folder)
         return net
 
-    n, factor = args.steps, args.latent_factor
-    first = stage("exemplar", n, lambda: UNet(args.width), segmenter_loss, expansion, None)
-    ae = stage("autoencoder", 2 * n, lambda: Autoencoder(factor), autoencoder_loss, expansion)
+    n, b, factor = args.steps, args.batch_size, args.latent_factor
+    first = stage(
+        "exemplar",
+        lambda: UNet(args.width),
+        lambda: draw_pairs(expansion, None, args),
+        segmenter_loss,
+        n,
+    )
+    ae = stage(
+        "autoencoder",
+        lambda: Autoencoder(factor),
+        lambda: expansion(b)[1:],
+        autoencoder_loss,
+        2 * n,
+    )
     g = stage(
-        "denoiser", n, lambda: Denoiser(factor, 2 * args.width), denoiser_loss, expansion, first, ae
+        "denoiser",
+        lambda: Denoiser(factor, 2 * args.width),
+        lambda: draw_views(expansion, args),
+        lambda net, *batch: denoiser_loss(net, *batch, first, ae),
+        n,
     )
     nets = ae, g, args.kappa * colour_share(expansion.exemplar)
     methods = ["caudo_diff", "caudo_diff_unguided", "self_training", "exemplar_only"]
@@ -1134,7 +1160,8 @@ def run(args):
         full, seconds["full_supervision"] = train(
             "full_supervision",
             lambda: UNet(args.width),
-            lambda net: full_loss(net, labelled, args),
+            lambda: draw_labelled(labelled, args),
+            segmenter_loss,
             args.steps + args.rounds * args.round_steps,
             args,
             folder,
