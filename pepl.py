@@ -66,7 +66,7 @@ DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", 
 LOG_COLUMNS = ["step", "loss", "pseudo_accuracy", "kept_accuracy", "coverage", "tau"]
 RESUMED = ["steps", "batch_size", "mu", "lr", "lr_backbone", "weight_decay", "labels", "beta",
            "tau", "labels_per_class", "lambda_u", "gamma", "alpha", "warm_up", "tau_floor",
-           "mix_start", "mix_share", "mix_labelled", "ema", "bf16"]  # fmt: skip
+           "mix_start", "mix_share", "mix_labelled", "align", "ema", "bf16"]  # fmt: skip
 RESNETS = torchvision.models.list_models(
     torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]
 )
@@ -112,6 +112,11 @@ def parse_args(argv=None):
     add("--mix-share", type=float, default=0.5, help="share of images mixed in phase II (ours)")
     add("--mix-labelled", default="none", choices=["none", "pepl", "all"],
         help="which methods also mix their labelled images")  # fmt: skip
+    add(
+        "--align",
+        action="store_true",
+        help="distribution alignment, in all semi-supervised methods",
+    )
     add("--ema", type=float, default=0.995, help="decay of the EMA network (ours)")
     add("--seed", type=int, default=0, help="seed of label split, weights and batches")
     add("--seeds", type=int, nargs="+", help="several seeds: their mean and deviation")
@@ -187,6 +192,15 @@ def update_thresholds(tau, p, q, beta):
 def class_thresholds(tau, p, floor=0.0):
     """The threshold of each class, (C,): the best learned class has the global one."""
     return (tau * p / p.max()).clamp(min=floor)  # Eq. 5 [G; floor O]
+
+
+def align(q, p, prior):
+    """Distribution alignment [ReMixMatch]: q (B, C) of mean p (C,) gets the mean prior (C,).
+
+    A class that is predicted too seldom gains, so that early mistakes do not feed themselves.
+    """
+    q = q * prior / p
+    return q / q.sum(1, keepdim=True)
 
 
 def random_boxes(b, size, alpha):
@@ -586,6 +600,7 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     groups.append({"params": net.head.parameters(), "peak": args.lr})
     opt = torch.optim.SGD(groups, args.lr, 0.9, weight_decay=args.weight_decay, nesterov=True)
     images, labels = train_set.images.to(device), train_set.labels.to(device)
+    prior = labels[labelled].bincount(minlength=n_classes) / len(labelled)  # (C,)
     tau = torch.tensor(1 / n_classes, device=device)  # 1 would reject nearly all for very long
     p = torch.full((n_classes,), 1 / n_classes, device=device)
     watched = unlabelled if len(unlabelled) else labelled  # the log's pseudo-labels are of these
@@ -634,8 +649,8 @@ def train(method, train_set, labelled, unlabelled, args, folder):
             with torch.no_grad(), autocast(args):
                 logits, features = ema(x_w)
             q = logits.softmax(1)  # (mu B, C)
-            confidence, y_u = q.max(1)
             tau, p = update_thresholds(tau, p, q, args.beta)
+            confidence, y_u = (align(q, p, prior) if args.align else q).max(1)
             fixed = method == "fixmatch"
             threshold = args.tau if fixed else class_thresholds(tau, p, args.tau_floor)[y_u]
             keep = confidence >= threshold
@@ -667,9 +682,11 @@ def train(method, train_set, labelled, unlabelled, args, folder):
         if step % args.save_every and step < args.steps and not stop:
             continue
         if step % args.save_every == 0 or step == args.steps:
-            probs, _ = classify(ema, train_set.images[watched], args)
-            confidence, guess = probs.max(1)
+            q, _ = classify(ema, train_set.images[watched], args)
             fixed = method in ("supervised", "fixmatch")
+            if args.align and method != "supervised":
+                q = align(q, p.cpu(), prior.cpu())
+            confidence, guess = q.max(1)
             threshold = class_thresholds(tau, p, args.tau_floor).cpu()[guess]
             kept = confidence >= (args.tau if fixed else threshold)
             right = (guess == train_set.labels[watched]).float()  # of no influence on the training

@@ -78,6 +78,16 @@ def test_thresholds_against_plain_python():
     assert pepl.class_thresholds(tau, p).max() == pytest.approx(want_tau, abs=1e-5)
 
 
+def test_alignment_moves_the_mean_prediction_to_the_prior():
+    q = torch.tensor([[0.8, 0.2], [0.6, 0.4]])
+    aligned = pepl.align(q, torch.tensor([0.7, 0.3]), torch.tensor([0.5, 0.5]))
+    by_hand = [[0.8 / 0.7 / (0.8 / 0.7 + 0.2 / 0.3)], [0.6 / 0.7 / (0.6 / 0.7 + 0.4 / 0.3)]]
+    torch.testing.assert_close(aligned[:, :1], torch.tensor(by_hand))
+    torch.testing.assert_close(aligned.sum(1), torch.ones(2))
+    q = torch.full((4, 3), 1 / 3)  # what is as frequent as the prior stays as it is
+    torch.testing.assert_close(pepl.align(q, q[0], q[0]), q)
+
+
 def test_semantic_mix_against_brute_force_and_changes_nothing_else():
     torch.manual_seed(0)
     x, maps = torch.rand(5, 3, 8, 12), pepl.percent_map(torch.randn(5, 8, 12))
