@@ -61,15 +61,14 @@ from tqdm import tqdm
 
 from data import IMAGE_SUFFIXES, DataError, label_split, load_classification, parse_size, read_image
 
-# Equations are tagged G where the paper or its code gives them, O where they are ours.
 DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", "pets"]
 LOG_COLUMNS = ["step", "loss", "pseudo_accuracy", "kept_accuracy", "coverage", "tau"]
-RESUMED = ["steps", "batch_size", "mu", "lr", "lr_backbone", "weight_decay", "labels", "beta",
-           "tau", "labels_per_class", "lambda_u", "gamma", "alpha", "warm_up", "tau_floor",
-           "mix_start", "mix_share", "mix_labelled", "align", "ema", "bf16"]  # fmt: skip
-RESNETS = torchvision.models.list_models(
-    torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]
-)
+# What --eval-only and --resume must find as it was: another value would make another run of it.
+EVALUATED = ["data", "steps", "labels", "labels_per_class", "validate", "quick"]
+RESUMED = [*EVALUATED, "batch_size", "mu", "lr", "lr_backbone", "weight_decay", "beta", "tau",
+           "lambda_u", "gamma", "alpha", "warm_up", "tau_floor", "mix_start", "mix_share",
+           "mix_labelled", "align", "ema", "bf16"]  # fmt: skip
+RESNETS = torchvision.models.list_models(torchvision.models, include="*resne[tx]*")
 METHODS = ["supervised", "fixmatch", "freematch", "pepl"]
 
 # ==================================================================================================
@@ -134,13 +133,18 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
     args = p.parse_args(argv)
     args.method = METHODS if args.ablate else list(dict.fromkeys(args.method))
-    args.seeds = args.seeds or [args.seed]
+    args.seeds = list(dict.fromkeys(args.seeds or [args.seed]))
     args.size = args.size or ((48, 48) if args.arch == "tiny" else (448, 448))
-    args.lr = args.lr or (0.05 if args.arch == "tiny" else 0.01)
-    args.lr_backbone = args.lr_backbone or (0.1 * args.lr if args.pretrained else args.lr)
-    if args.quick:
-        args.max_steps, args.batch_size = args.max_steps or 6, min(8, args.batch_size)
-    for name in ("epochs", "batch_size", "mu", "save_every", "max_steps", "labels_per_class"):
+    if args.lr is None:
+        args.lr = 0.05 if args.arch == "tiny" else 0.01
+    if args.lr_backbone is None:
+        args.lr_backbone = 0.1 * args.lr if args.pretrained else args.lr
+    if args.quick:  # no floor, or nothing would be kept in so few steps
+        args.max_steps = 6 if args.max_steps is None else args.max_steps
+        args.batch_size, args.tau_floor = min(8, args.batch_size), 0.0
+        args.save_every = min(2, args.save_every)
+    whole = ("epochs", "batch_size", "mu", "save_every", "max_steps", "labels_per_class")
+    for name in (*whole, "num_workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("beta", "tau", "tau_floor", "warm_up", "mix_start", "mix_share", "ema"):
@@ -148,8 +152,16 @@ def parse_args(argv=None):
             p.error(f"--{name.replace('_', '-')} must be within 0 and 1")
     if not 0 < args.labels <= 1:
         p.error(f"--labels {args.labels} is a share: above 0, at most 1 (or --labels-per-class N)")
-    if min(args.lr, args.lr_backbone, args.alpha) <= 0:
+    if not 0 < min(args.lr, args.lr_backbone, args.alpha) <= args.alpha < math.inf:
         p.error("--lr, --lr-backbone and --alpha must be positive")
+    if not min(args.weight_decay, args.lambda_u, args.gamma) >= 0:
+        p.error("--weight-decay, --lambda-u and --gamma must not be negative")
+    if not all(0 <= seed < 2**32 for seed in args.seeds):
+        p.error("--seed and --seeds must be within 0 and 2^32 - 1")
+    if args.checkpoint and not args.predict and len(args.method) * len(args.seeds) > 1:
+        p.error("--checkpoint is one network: name one --method and one seed with it")
+    if args.checkpoint and not (args.predict or args.eval_only):
+        p.error("--checkpoint goes with --predict or --eval-only; to go on training, --resume")
     if args.arch != "tiny" and args.arch not in RESNETS:
         p.error(f"--arch {args.arch} is neither tiny nor a ResNet of torchvision")
     if args.arch == "tiny" and args.pretrained:
@@ -161,13 +173,12 @@ def parse_args(argv=None):
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not usable here; take --device cpu")
     bf16_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    bf16_auto = args.device.startswith("cuda") or bf16_cpu
-    args.bf16 = args.amp == "on" or (args.amp == "auto" and bf16_auto)
+    args.bf16 = args.amp == "on" or (args.amp == "auto" and (bf16_cpu or args.device != "cpu"))
     return args
 
 
 # ==================================================================================================
-# 2. The method's mathematics: pure functions on tensors
+# 2. The method's mathematics: pure functions on tensors (G: given by the paper, O: ours)
 # ==================================================================================================
 
 
@@ -278,15 +289,16 @@ def weak_augment(images, size):
 
 
 def strong_augment(x):
-    """RandAugment-like: affine, colour, blur and cutout, each on a random half of the images.
+    """RandAugment-like: affine; colour, blur and cutout, each on a random half of the images.
 
     x float (B, 3, H, W) in [0, 1] -> the same.
     """
     b, _, h, w = x.shape
-    z, on = uniform(b, 12, x.device), uniform(b, 6, x.device) > 0
+    z, on = uniform(b, 12, x.device), uniform(b, 6, x.device) > 0  # the sixth coin is not used
     turn, scale = 0.4 * z[0], torch.exp(0.2 * z[1])
     cos, sin, shear = turn.cos() * scale, turn.sin() * scale, 0.2 * z[2]
-    x = warp(x, [cos, shear - sin, 0.2 * z[3], sin, cos, 0.2 * z[4]], (h, w))
+    rows = [cos, (shear - sin) * (h / w), 0.2 * z[3], sin * (w / h), cos, 0.2 * z[4]]
+    x = warp(x, rows, (h, w))
     mean = x.mean((1, 2, 3), keepdim=True)
     x = torch.where(on[0], mean + (x - mean) * (1 + 0.5 * z[5]) + 0.2 * z[6], x)  # contrast, light
     grey = x.mean(1, keepdim=True)
@@ -371,20 +383,22 @@ def centre_crop(images, size):
 
 
 @torch.no_grad()
-def classify(net, images, args, y=None, batch=128):
+def classify(net, images, args, maps_of=None, batch=128):
     """Centre crops of uint8 images (N, 3, H0, W0): probabilities (N, C), and maps (N, H, W).
 
-    The maps are the CAMs of classes y (N,), by default of the predicted ones; all on the CPU.
+    The maps are the CAMs of classes maps_of (N,), or of the predicted ones for "predicted"; without
+    it there are none. All on the CPU.
     """
     net.eval()
-    probs, maps = [], []
+    probs, maps = [], [torch.empty(0, *args.size)]
     for i in range(0, len(images), batch):
         x = centre_crop(images[i : i + batch].to(args.device), args.size).float() / 255
         with autocast(args):
             logits, features = net(x)
-        target = logits.argmax(1) if y is None else y[i : i + batch].to(args.device)
         probs.append(logits.softmax(1).cpu())
-        maps.append(cam(features, net.head.weight, target, args.size).cpu())
+        if maps_of is not None:
+            y = logits.argmax(1) if maps_of == "predicted" else maps_of[i : i + batch]
+            maps.append(cam(features, net.head.weight, y.to(args.device), args.size).cpu())
     return torch.cat(probs), torch.cat(maps)
 
 
@@ -396,7 +410,8 @@ def predict(net, classes, args, folder):
     rows, errors, files = [], [], []
     for path in map(Path, args.predict):
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = [f for f in inside if f == path or f.suffix.lower() in IMAGE_SUFFIXES]
+        found = [f for f in inside if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
+        found = found if path.is_dir() else [path]
         files += found
         if not found:
             errors.append(f"--predict {path}: no image in this folder")
@@ -404,7 +419,8 @@ def predict(net, classes, args, folder):
     for n, path in enumerate(tqdm(files, "predict", unit="image", disable=None)):
         try:
             img = read_image(path)  # uint8 (3, H, W)
-            probs, maps = classify(net, read_image(path, stored_size(args))[None], args)
+            small = read_image(path, stored_size(args))[None]
+            probs, maps = classify(net, small, args, "predicted")
         except DataError as error:
             errors.append(str(error))
             continue
@@ -417,19 +433,15 @@ def predict(net, classes, args, folder):
         Image.fromarray(overlay(img, whole)).save(folder / name)
         shares = [f"{x:.6f}" for x in probs[0].tolist()]
         rows.append([path, name, classes[probs[0].argmax()], *shares])
-    with open(folder / "probabilities.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["file", "overlay", "prediction", *classes], *rows])
+    if rows:
+        with open(folder / "probabilities.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["file", "overlay", "prediction", *classes], *rows])
     return errors
 
 
 # ==================================================================================================
 # 6. Evaluation and figures
 # ==================================================================================================
-
-
-def accuracy(probs, labels):
-    """Share of rows of probs (N, C) whose largest entry is at labels (N,)."""
-    return (probs.argmax(1) == labels).float().mean().item()
 
 
 def colour_map(x):
@@ -444,7 +456,8 @@ def overlay(img, maps):
     """Lay a map (H, W), scaled to [0, 1], over img uint8 (3, H, W): uint8 (H, W, 3)."""
     maps = maps - maps.min()
     colours = colour_map(maps / maps.max().clamp(min=1e-12))
-    return (0.45 * img.permute(1, 2, 0).numpy() + 0.55 * colours).astype(np.uint8)
+    img = Image.fromarray(img.permute(1, 2, 0).numpy())
+    return np.asarray(Image.blend(img, Image.fromarray(colours), 0.55))
 
 
 def draw_sheet(columns, path, side=112):
@@ -458,21 +471,30 @@ def draw_sheet(columns, path, side=112):
             pen.text((x + 2, y + 1), caption[: side // 6], "black", font=font)
             if picture is not None:
                 sheet.paste(Image.fromarray(picture).resize((side, side), 0), (x, y + 16))
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def draw_cams(net, test, args, path, n=6):
-    """CAMs of test images: n that are classified right and n wrong, evenly spaced in the list."""
-    probs, maps = classify(net, test.images, args)
-    _, true_maps = classify(net, test.images, args, test.labels)
-    guess, columns = probs.argmax(1), []
+def draw_cams(net, test, guess, args, path, n=6):
+    """CAMs of test images: n that are classified right and n wrong, evenly spaced in the list.
+
+    guess (N,): the predicted classes of all test images.
+    """
+    columns = []
     for mark, chosen in (("right", guess == test.labels), ("wrong", guess != test.labels)):
-        for i in chosen.nonzero()[:: max(1, int(chosen.sum()) // n), 0][:n].tolist():
-            img = centre_crop(test.images[i : i + 1], args.size)[0]
+        pick = chosen.nonzero()[:: max(1, int(chosen.sum()) // n), 0][:n]
+        img = centre_crop(test.images[pick], args.size)
+        maps, true_maps = (
+            classify(net, test.images[pick], args, y[pick])[1] for y in (guess, test.labels)
+        )
+        for k, i in enumerate(pick.tolist()):
             said, true = test.classes[guess[i]], test.classes[test.labels[i]]
-            column = [(mark, img.permute(1, 2, 0).numpy()), (f"says {said}", overlay(img, maps[i]))]
-            column.append((f"true {true}", overlay(img, true_maps[i]) if mark == "wrong" else None))
+            column = [
+                (mark, img[k].permute(1, 2, 0).numpy()),
+                (f"says {said}", overlay(img[k], maps[k])),
+            ]
+            column.append(
+                (f"true {true}", overlay(img[k], true_maps[k]) if mark == "wrong" else None)
+            )
             columns.append(column)
     draw_sheet(columns, path)
 
@@ -482,16 +504,16 @@ def draw_mixes(net, test, args, path, n=3):
     torch.manual_seed(args.seed)
     pick = torch.randperm(len(test))[: 2 * n]
     img = centre_crop(test.images[pick], args.size)
-    probs, maps = classify(net, test.images[pick], args)
+    probs, maps = classify(net, test.images[pick], args, "predicted")
     boxes = [random_boxes(len(pick), args.size, args.alpha) for _ in range(2)]
-    partner = torch.arange(len(pick)).roll(n)
+    partner = torch.arange(len(pick)).roll(max(1, len(pick) // 2))
     mix, *rho = semantic_mix(img.float() / 255, percent_map(maps), partner, *boxes)
     names, columns = [test.classes[k] for k in probs.argmax(1).tolist()], [[] for _ in range(5)]
     for a, b in enumerate(partner[:n].tolist()):
         for k, (i, box) in enumerate(((a, boxes[0][a]), (b, boxes[1][a]))):
             drawn = Image.fromarray(overlay(img[i], maps[i]))
-            corners = box.tolist()
-            if corners[0] < corners[2] and corners[1] < corners[3]:
+            corners = (box - torch.tensor([0, 0, 1, 1])).tolist()  # the last pixels inside
+            if corners[0] <= corners[2] and corners[1] <= corners[3]:
                 ImageDraw.Draw(drawn).rectangle(corners, outline="cyan")
             columns[2 * k].append((f"{'ab'[k]}: {names[i]}", img[i].permute(1, 2, 0).numpy()))
             columns[2 * k + 1].append((f"map and box of {'ab'[k]}", np.asarray(drawn)))
@@ -507,7 +529,7 @@ def draw_curves(logs, path):
     w, h, left, top = 330, 230, 42, 34
     sheet = Image.new("RGB", (3 * w, h + 46), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    last = max(rows[-1][0] for rows in logs.values())
+    last = max((row[0] for rows in logs.values() for row in rows), default=1)
     for k, title in enumerate(titles):
 
         def place(step, value, x0=k * w + left):
@@ -515,11 +537,10 @@ def draw_curves(logs, path):
 
         pen.text(place(0, 1.14), title, "black", font=font)
         for tick in range(6):
+            (x, floor), y = place(last * tick / 5, 0), place(0, tick / 5)[1]
             pen.line([place(0, tick / 5), place(last, tick / 5)], "#dddddd")
-            pen.text((k * w + 6, place(0, tick / 5)[1] - 7), f"{20 * tick} %", "black", font=font)
-        for tick in range(5):
-            x, y = place(last * tick / 4, 0)
-            pen.text((x - 10, y + 5), str(round(last * tick / 4)), "black", font=font)
+            pen.text((k * w + 6, y - 7), f"{20 * tick} %", "black", font=font)
+            pen.text((x - 10, floor + 5), str(round(last * tick / 5)), "black", font=font)
         for method, rows in logs.items():
             points = [place(row[0], row[2 + k]) for row in rows if row[2 + k] == row[2 + k]]
             pen.line(points, colours[METHODS.index(method)], 2)
@@ -528,7 +549,6 @@ def draw_curves(logs, path):
         pen.line([(x, y), (x + 20, y)], colours[METHODS.index(method)], 3)
         pen.text((x + 26, y - 7), method, "black", font=font)
     pen.text((3 * w - 120, h + 19), "training steps", "black", font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
@@ -563,9 +583,12 @@ def load_checkpoint(path, args, fixed=()):
     if not isinstance(state, dict) or state.get("script") != "pepl":
         raise DataError(f"{path} is a checkpoint of something else, not of pepl.py")
     for name in ("arch", "size", *fixed):
-        was, now = state["args"][name], getattr(args, name)
+        was, now = state.get("args", {}).get(name), getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            raise DataError(f"{path}: --{name.replace('_', '-')} was {was}, now {now}; keep it")
+            flag = {"steps": "epochs or --max-steps", "bf16": "amp"}.get(name, name).replace(
+                "_", "-"
+            )
+            raise DataError(f"{path}: --{flag} was {was}, now {now}; keep it")
     return state
 
 
@@ -593,7 +616,9 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     """
     torch.manual_seed(args.seed)
     device, b, n_classes = args.device, args.batch_size, len(train_set.classes)
-    net = Classifier(args.arch, n_classes, args.pretrained)
+    last = folder / "last.pt"
+    old = args.eval_only or (args.resume and last.exists())  # trained, or at least begun
+    net = Classifier(args.arch, n_classes, args.pretrained and not old)
     net = net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     groups = [{"params": net.backbone.parameters(), "peak": args.lr_backbone}]
@@ -605,11 +630,11 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     p = torch.full((n_classes,), 1 / n_classes, device=device)
     watched = unlabelled if len(unlabelled) else labelled  # the log's pseudo-labels are of these
     watched = watched[:: max(1, len(watched) // 512)]
-    last, step, seconds, log, smooth = folder / "last.pt", 0, 0.0, [], None
+    step, seconds, log, smooth = 0, 0.0, [], None
     folder.mkdir(parents=True, exist_ok=True)
-    if args.eval_only or (args.resume and last.exists()):
+    if old:
         path = (args.eval_only and args.checkpoint) or last
-        state = load_checkpoint(path, args, [] if args.eval_only else RESUMED)
+        state = load_checkpoint(path, args, EVALUATED if args.eval_only else RESUMED)
         if state["classes"] != train_set.classes:
             raise DataError(f"{path} was trained for other classes: {state['classes'][:3]} ...")
         net.load_state_dict(state["net"])
@@ -635,7 +660,7 @@ def train(method, train_set, labelled, unlabelled, args, folder):
         i = labelled[torch.randint(len(labelled), (b,))].to(device)
         x_l, y_l = weak_augment(images[i], args.size), labels[i]  # (B, 3, H, W), (B,)
         target_l = y_l, y_l, 1.0, 0.0, 1.0  # y_a, y_b, rho_a, rho_b, keep
-        if phase_two and args.mix_labelled in ("all", method):
+        if args.mix_labelled in ("all", method):
             with torch.no_grad(), autocast(args):
                 _, features = ema(x_l)
             x_l, *mixed = mix_batch(x_l, y_l, torch.ones_like(y_l), features, ema, args)
@@ -651,9 +676,8 @@ def train(method, train_set, labelled, unlabelled, args, folder):
             q = logits.softmax(1)  # (mu B, C)
             tau, p = update_thresholds(tau, p, q, args.beta)
             confidence, y_u = (align(q, p, prior) if args.align else q).max(1)
-            fixed = method == "fixmatch"
-            threshold = args.tau if fixed else class_thresholds(tau, p, args.tau_floor)[y_u]
-            keep = confidence >= threshold
+            limits = class_thresholds(tau, p, args.tau_floor)  # (C,)
+            keep = confidence >= (args.tau if method == "fixmatch" else limits[y_u])
             y_b, rho_a, rho_b = y_u, 1.0, 0.0  # phase I: the image as it is
             if phase_two and method == "pepl":
                 x_w, y_b, rho_a, rho_b = mix_batch(x_w, y_u, keep, features, ema, args)
@@ -682,13 +706,12 @@ def train(method, train_set, labelled, unlabelled, args, folder):
         if step % args.save_every and step < args.steps and not stop:
             continue
         if step % args.save_every == 0 or step == args.steps:
-            q, _ = classify(ema, train_set.images[watched], args)
-            fixed = method in ("supervised", "fixmatch")
+            q = classify(ema, train_set.images[watched], args)[0]  # (N, C)
             if args.align and method != "supervised":
                 q = align(q, p.cpu(), prior.cpu())
             confidence, guess = q.max(1)
-            threshold = class_thresholds(tau, p, args.tau_floor).cpu()[guess]
-            kept = confidence >= (args.tau if fixed else threshold)
+            limits = class_thresholds(tau, p, args.tau_floor).cpu()[guess]
+            kept = confidence >= (limits if method in ("freematch", "pepl") else args.tau)
             right = (guess == train_set.labels[watched]).float()  # of no influence on the training
             row = [right.mean(), right[kept].mean(), kept.float().mean(), tau]
             log.append([step, smooth, *(x.item() for x in row)])
@@ -722,43 +745,41 @@ def subset(data, indices):
 
 
 def run_seed(args, seed, folder):
-    """Train and evaluate all methods of one seed: ({method: accuracy}, {method: log}, result)."""
+    """Train and evaluate all methods of one seed: ({method: accuracy}, record of the run)."""
     args.seed = seed
-    folder.mkdir(parents=True, exist_ok=True)
-    limit = 64 if args.quick else None
-
-    def load(split):
-        size, workers = stored_size(args), args.num_workers
-        return load_classification(args.data, args.data_root, split, size, limit, workers)
-
-    train_set = load("train")
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    more = stored_size(args), 64 if args.quick else None, args.num_workers
+    train_set = load_classification(args.data, args.data_root, "train", *more)
     if args.validate:
         held_out, rest = label_split(train_set.labels, 0.2, seed=2018)
         test = replace(subset(train_set, held_out), split="validation")
         train_set = subset(train_set, rest)
     else:
-        test = load("test")
+        test = load_classification(args.data, args.data_root, "test", *more)
     labelled, unlabelled = label_split(train_set.labels, args.labels, args.labels_per_class, seed)
     if not len(unlabelled) and args.method != ["supervised"]:
         raise DataError("every training image is labelled: lower --labels or --method supervised")
     args.steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * (1 + args.mu)))
     args.steps = min(args.steps, args.max_steps or args.steps)
-    if not args.eval_only:
+    if not args.eval_only and not (args.resume and (folder / "split.json").exists()):
+        for method in args.method:  # of an earlier run: not to be resumed
+            (folder / method / "last.pt").unlink(missing_ok=True)
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    split = {"labelled": subset(train_set, labelled).ids}
-    split["unlabelled"] = subset(train_set, unlabelled).ids
-    (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n")
+        split = {"labelled": labelled.tolist(), "unlabelled": unlabelled.tolist()}
+        split = {name: [train_set.ids[i] for i in part] for name, part in split.items()}
+        (folder / "split.json").write_text(json.dumps(split, indent=1) + "\n")
     rows, logs, seconds = {}, {}, {}
     for method in args.method:
-        net, logs[method], seconds[method] = train(
-            method, train_set, labelled, unlabelled, args, folder / method
-        )
-        rows[method] = accuracy(classify(net, test.images, args)[0], test.labels)
-        draw_cams(net, test, args, folder / "figures" / f"cams_{method}.png")
+        done = train(method, train_set, labelled, unlabelled, args, folder / method)
+        net, logs[method], seconds[method] = done
+        guess = classify(net, test.images, args)[0].argmax(1)
+        rows[method] = (guess == test.labels).float().mean().item()
+        draw_cams(net, test, guess, args, folder / "figures" / f"cams_{method}.png")
     draw_mixes(net, test, args, folder / "figures" / "mix.png")
     draw_curves(logs, folder / "figures" / "curves.png")
     record = {"split": test.split, "n_images": len(test), "n_labelled": len(labelled),
-              "n_train": len(train_set), "steps": args.steps, "seconds": seconds}  # fmt: skip
+              "n_train": len(train_set), "steps": args.steps, "bf16": args.bf16,
+              "seconds": seconds}  # fmt: skip
     return rows, record
 
 
@@ -777,44 +798,40 @@ def run(args):
         return 2 if errors else 0
     commit, per_seed = "", []
     with contextlib.suppress(OSError):  # git is not installed
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()  # fmt: skip
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     for seed in args.seeds:
         rows, record = run_seed(args, seed, base / f"seed{seed}")
         per_seed.append(rows)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB of main memory
         if args.device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated() / 2**20
-        table = {}
-        for method in rows:
-            values = np.array([r[method] for r in per_seed])
-            row = {"mean": values.mean(), "std": values.std(), "seeds": values.tolist()}
-            table[method] = {"accuracy": row}
+        runs = {m: np.array([r[m] for r in per_seed]) for m in rows}
+        table = {
+            m: {"mean": v.mean(), "std": v.std(), "seeds": v.tolist()} for m, v in runs.items()
+        }
         result = {"method": "pepl", "data": args.data} | record | {
             "seeds": args.seeds[: len(per_seed)], "device": args.device,
             "peak_memory_mib": round(peak), "torch": torch.__version__, "git": commit or None,
-            "command": " ".join(["python pepl.py", *args.argv]), "rows": table,
+            "command": " ".join(["python pepl.py", *args.argv]),
+            "rows": {m: {"accuracy": row} for m, row in table.items()},
         }  # fmt: skip
         where = base / (f"seed{seed}" if len(args.seeds) == 1 else "")
         (where / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{'':12}{'accuracy':>10}{'std':>8}   each seed")
     for method, row in table.items():
-        row = row["accuracy"]
         each = " ".join(f"{v:.3f}" for v in row["seeds"])
         print(f"{method:12}{row['mean']:10.3f}{row['std']:8.3f}   {each}")
     labelled = f"{record['n_labelled']} of {record['n_train']} training images labelled"
     print(f"\n{record['n_images']} {record['split']} images of {args.data}; {labelled}.")
-    print(f"Open {base / f'seed{seed}' / 'figures'}")
+    print(f"Open {base / f'seed{seed}' / 'figures' / 'mix.png'}")
     return 0
 
 
 def main(argv=None):
     """Run the command line; every foreseeable error is one line and exit status 2."""
-    args = parse_args(argv)
+    args, previous = parse_args(argv), signal.getsignal(signal.SIGINT)
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    previous = signal.getsignal(signal.SIGINT)
     try:
         status = run(args)
     except (DataError, OSError) as error:
