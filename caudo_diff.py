@@ -57,6 +57,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
@@ -83,10 +84,21 @@ ROWS = {
     "caudo_diff_crf": "Caudo-Diff + CRF",
     "full_supervision": "full supervision",
 }
-PSEUDO = ["initial", "calibrated"]  # labels of the unlabelled images
+# What --predict, --eval-only and --resume must find as it was when the networks were trained.
 MODEL_FLAGS = ["width", "size"]
-TRAIN_FLAGS = "width size latent_factor steps round_steps max_steps rounds pool lr batch_size bf16"
-TRAIN_FLAGS = f"{TRAIN_FLAGS} t_star guidance kappa ddim_steps".split()
+EVAL_FLAGS = [*MODEL_FLAGS, "latent_factor", "steps", "round_steps", "rounds"]
+TRAIN_FLAGS = [
+    "data_root",
+    "pool",
+    "lr",
+    "batch_size",
+    "bf16",
+    "t_star",
+    "guidance",
+    "kappa",
+    "ddim_steps",
+]
+TRAIN_FLAGS = [*EVAL_FLAGS, *TRAIN_FLAGS]
 
 # ==================================================================================================
 # 1. Command line
@@ -109,8 +121,13 @@ def parse_args(argv=None):
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
-    add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--steps", type=positive, default=300, help="of every stage but rounds (ours)")
+    add(
+        "--size",
+        type=parse_size,
+        default="64x48",
+        help="network input; kernels are tuned for 64x48",
+    )
+    add("--steps", type=positive, default=300, help="of the segmenter and denoiser (ours)")
     add("--round-steps", type=positive, default=100, help="of every round (ours)")
     add("--epochs", type=positive, help="sets --steps by passes over the training images")
     add("--max-steps", type=positive, help="at most this many steps in every stage")
@@ -151,8 +168,16 @@ def parse_args(argv=None):
         p.error(f"--width {args.width} must be a multiple of 16")
     if args.batch_size < 8:
         p.error("--batch-size must be at least 8: a sixth of it are pairs made from the exemplar")
-    if not args.lr > 0:
+    if not 0 < args.lr < math.inf:
         p.error("--lr must be positive")
+    if not (math.isfinite(args.guidance) and math.isfinite(args.kappa)):
+        p.error("--guidance and --kappa must be finite numbers")
+    if args.checkpoint and not args.predict:
+        p.error("--checkpoint goes with --predict")
+    try:
+        DenseCRF(5, 3, 0, args.sxy_bilateral, args.srgb, args.compat_bilateral)
+    except ValueError as error:
+        p.error(f"CRF: {error}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -333,9 +358,9 @@ def overlap_metrics(pred, mask):
     return out | {"thresholded_jaccard": torch.where(iou < 0.65, torch.zeros_like(iou), iou)}
 
 
-def segmentation_loss(logits, mask, weight=None):
-    """Weighted cross-entropy plus soft Dice: logits, mask, weight (B, 1, H, W)."""
-    weight = torch.ones_like(mask) if weight is None else weight
+def segmenter_loss(net, x, mask, weight=None):
+    """Weighted cross-entropy plus soft Dice of net's mask of x: mask, weight (B, 1, H, W)."""
+    logits, weight = net(x)[0], torch.ones_like(mask) if weight is None else weight
     bce = F.binary_cross_entropy_with_logits(logits, mask, weight, reduction="sum")
     p, m = logits.sigmoid() * weight, mask * weight
     overlap = (2 * (p * mask).sum((1, 2, 3)) + 1) / (p.sum((1, 2, 3)) + m.sum((1, 2, 3)) + 1)
@@ -374,12 +399,10 @@ class UNet(nn.Module):
         widths, c = [width, width * 3 // 2, width * 2], width
         self.stem = nn.Conv2d(12, c, 3, padding=1)
         self.down, self.shrink, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for level, c_next in enumerate(widths):
+        for c_next in widths:
             self.down.append(Block(c, c_next, 1))
-            last = level == len(widths) - 1
-            self.shrink.append(
-                nn.Identity() if last else nn.Conv2d(c_next, c_next, 3, stride=2, padding=1)
-            )
+            halve = c_next < widths[-1]  # all levels but the last
+            self.shrink.append(nn.Conv2d(c_next, c_next, 3, 2, 1) if halve else nn.Identity())
             c = c_next
         self.middle = Block(c, c, 1)
         for c_next in reversed(widths):
@@ -407,21 +430,14 @@ class Autoencoder(nn.Module):
 
     def __init__(self, factor, channels=8, width=48):
         super().__init__()
-        c = factor**2
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(factor),
-            nn.Conv2d(c, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, channels, 3, padding=1),
-        )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, c, 3, padding=1),
-            nn.PixelShuffle(factor),
-        )
+        up, down, c = nn.PixelShuffle(factor), nn.PixelUnshuffle(factor), factor**2
+
+        def convs(*widths):  # 3 x 3 convolutions with SiLU between them
+            layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)]
+            return [y for layer in layers for y in (layer, nn.SiLU())][:-1]
+
+        self.encoder = nn.Sequential(down, *convs(c, width, channels))
+        self.decoder = nn.Sequential(*convs(channels, width, width, c), up)
 
     def encode(self, mask):
         return self.encoder(2 * mask - 1).float()
@@ -472,7 +488,8 @@ class Denoiser(nn.Module):
         for block in self.last:
             h = block(h, emb)
         a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
-        # ours: x0_hat tends to zt itself as t goes to 0, so that inversion may start there
+        # ours: the head predicts v, so that x0_hat tends to zt itself as t goes to 0 and inversion
+        # may start there
         return a.sqrt() * zt - (1 - a).sqrt() * self.head(h).float()  # Eq. 4 [Caudo, O]
 
 
@@ -533,13 +550,8 @@ def calibrate(nets, img, p0, h, args, guided=True, whole_way=False):
 
 def crf_refine(p, img, args):
     """Refine probabilities p (B, 1, H, W) of images uint8 by the dense CRF: the same shape."""
-    crf = DenseCRF(
-        compat_gaussian=0,
-        sxy_bilateral=args.sxy_bilateral,
-        srgb=args.srgb,
-        compat_bilateral=args.compat_bilateral,
-    )
-    p = p.to(args.device)
+    p, kernel = p.to(args.device), (args.sxy_bilateral, args.srgb, args.compat_bilateral)
+    crf = DenseCRF(5, 3, 0, *kernel)  # no spatial kernel
     return crf(unary_from_softmax(torch.cat([1 - p, p], 1)), img.to(p.device))[:, 1:]
 
 
@@ -557,7 +569,7 @@ def evaluate(segmenters, data, args):
         if row == "caudo_diff":
             p = batched(lambda *x: crf_refine(*x, args), p, data.images)
             rows["caudo_diff_crf"] = overlap_metrics(p > 0.5, truth)
-    return {row: {m: rows[row][m] for m in METRICS} for row in ROWS if row in rows}
+    return {row: rows[row] for row in ROWS if row in rows}
 
 
 def colour_map(x):
@@ -698,7 +710,7 @@ class Expansion:
         self.radius = math.sqrt(mask.mean().item() / math.pi)  # of a disc of its area
 
     def warp(self, scale, spread, padding, elastic=1.0):
-        """Turned, squeezed, elastic copies magnified by scale (n,): (n, 4, H, W) and their place.
+        """Turned, squeezed, elastic copies magnified by scale (n,): (n, 4, H, W).
 
         spread: how far from the middle of the picture the object's centre may lie, in [0, 1].
         """
@@ -804,11 +816,6 @@ def draw_views(expansion, args):
     return x, m, strong_view(strong_view(x))
 
 
-def segmenter_loss(net, x, m, w=None):
-    """The loss of a batch of draw_pairs or draw_labelled."""
-    return segmentation_loss(net(x)[0], m, w)
-
-
 def autoencoder_loss(net, m):
     """The loss of masks (B, 1, H, W), whole and corrupted; keeps latents at unit variance."""
     m = torch.cat([m, corrupt(m)])
@@ -829,6 +836,7 @@ def denoiser_loss(net, x, m, view, segmenter, ae):
     t = torch.randint(T, (len(x),)).to(x.device)
     a = ALPHA_BAR.to(x.device)[t][:, None, None, None]
     x0_hat = net(add_noise(z0, t, torch.randn(z0.shape).to(z0)), t, c)
+    # an error of v is sqrt(1 - a) as large in x0_hat: divided by 1 - a, this is the MSE of v
     return ((x0_hat - z0).square() / (1 - a + 0.02)).mean()  # Eq. 5 [Caudo, O]
 
 
@@ -866,26 +874,21 @@ def load_checkpoint(path, kind, args, fixed):
     return state
 
 
-def plain(args):
-    """The flags as a checkpoint holds them."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
-
-
-def train(stage, net, draw, loss_function, steps, args, folder):
+def train(stage, build, draw, loss_function, steps, args, folder):
     """Train one network, the loop of all stages: (EMA network, seconds).
 
-    net() builds it, draw() returns a batch, loss_function(net, *batch) its loss. All that --resume
+    build() makes it, draw() returns a batch, loss_function(net, *batch) its loss. All that --resume
     needs is in <folder>/<stage>.pt; a finished stage is only loaded. Each stage has a seed of its
     own, so that it does not depend on what ran before it.
     """
     torch.manual_seed(int(hashlib.sha256(f"{args.seed}/{stage}".encode()).hexdigest()[:8], 16))
-    net = net().to(args.device, memory_format=torch.channels_last)
+    net = build().to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
     file, step, seconds, smooth = folder / f"{stage}.pt", 0, 0.0, None
-    steps, cuda = min(steps, args.max_steps or steps), args.device.startswith("cuda")
+    cuda = args.device.startswith("cuda")
     if args.eval_only or (args.resume and file.exists()):
-        state = load_checkpoint(file, stage, args, MODEL_FLAGS if args.eval_only else TRAIN_FLAGS)
+        state = load_checkpoint(file, stage, args, EVAL_FLAGS if args.eval_only else TRAIN_FLAGS)
         ema.load_state_dict(state["ema"])
         step, seconds, smooth = (state[k] for k in ("step", "seconds", "smooth"))
         if step < steps and args.eval_only:
@@ -912,9 +915,8 @@ def train(stage, net, draw, loss_function, steps, args, folder):
             loss = loss_function(forward, *batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise DataError(
-                f"loss is {value} at step {step}: try --lr {args.lr / 3:.0e} or --amp off"
-            )
+            bar.close()
+            raise DataError(f"loss is {value} at step {step}: lower --lr {args.lr}, or --amp off")
         opt.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -931,7 +933,7 @@ def train(stage, net, draw, loss_function, steps, args, folder):
         seconds = time.time() - start
         state = {
             "method": METHOD, "kind": stage, "ema": ema.state_dict(), "step": step,
-            "seconds": seconds, "smooth": smooth, "args": plain(args),
+            "seconds": seconds, "smooth": smooth, "args": vars(args) | {"size": list(args.size)},
         }  # fmt: skip
         if step < steps:  # a finished stage needs no more
             state |= {"net": net.state_dict(), "opt": opt.state_dict()}
@@ -955,7 +957,7 @@ def retrain(method, first, nets, expansion, images, args, folder):
     method: "caudo_diff", "caudo_diff_unguided", "self_training" (p1 = p0) or "exemplar_only" (the
     images stay unlabelled). labels: of each round, the images' indices, p0 and p1 (n, 1, H, W).
     """
-    segmenter, labels, seconds = first, [], 0.0
+    segmenter, labels, seconds, guided = first, [], 0.0, method == "caudo_diff"
     for r in range(1, args.rounds + 1):
         given = None
         if method != "exemplar_only":
@@ -964,20 +966,14 @@ def retrain(method, first, nets, expansion, images, args, folder):
             img = images[index]
             p0 = p1 = batched(lambda x, net=segmenter: segment(net, x, args), img)
             if method != "self_training":
+                # features of the first segmenter in every round: of them the denoiser learned
                 h = batched(lambda x: segment(first, x, args, True), img)
-                guided = method == "caudo_diff"
-                p1 = batched(lambda *x, on=guided: calibrate(nets, *x, args, on), img, p0, h)
+                p1 = batched(lambda *x: calibrate(nets, *x, args, guided), img, p0, h)
             labels.append((index, p0, p1))
             given = img, (p1 > 0.5).float(), reliability(p0, p1)
-        segmenter, s = train(
-            f"{method}_{r}",
-            lambda net=segmenter: copy.deepcopy(net).requires_grad_(True),
-            lambda given=given: draw_pairs(expansion, given, args),
-            segmenter_loss,
-            args.round_steps,
-            args,
-            folder,
-        )
+        draw, student = partial(draw_pairs, expansion, given, args), copy.deepcopy(segmenter)
+        how = partial(student.requires_grad_, True), draw, segmenter_loss, args.round_steps
+        segmenter, s = train(f"{method}_{r}", *how, args, folder)
         seconds += s
     return segmenter, labels, seconds
 
@@ -993,21 +989,26 @@ def choose_exemplars(data, wanted):
     Nearest by colours, contrast and what the centre differs by, in median deviations; images only.
     Raises DataError for an unknown id.
     """
-    x, (h, w) = data.images.float() / 255, data.images.shape[2:]
-    mean, std, _ = colour_statistics(x)
-    middle = opponent(x[:, :, h // 4 : -(h // 4), w // 4 : -(w // 4)]).mean((2, 3), keepdim=True)
-    stats = torch.cat([mean, std, middle - mean], 1).flatten(1)  # (N, 9)
+    h, w = data.images.shape[2:]
+
+    def statistics(img):  # uint8 (B, 3, H, W) -> (B, 9)
+        x = img.float() / 255
+        mean, std, _ = colour_statistics(x)
+        middle = opponent(x[:, :, h // 4 : -(h // 4), w // 4 : -(w // 4)])
+        return torch.cat([mean, std, middle.mean((2, 3), keepdim=True) - mean], 1).flatten(1)
+
+    stats = batched(statistics, data.images)  # (N, 9)
     off = (stats - stats.median(0).values).abs()
     typical = (off / (off.median(0).values + 1e-6)).square().sum(1).argsort().tolist()
     chosen = []
     for name in wanted:
-        if name == "auto" or (name[:5] == "auto:" and name[5:].isdecimal()):
+        if name == "auto" or (name[:5] == "auto:" and name[5:].isdecimal() and int(name[5:])):
             chosen += typical[: int(name[5:] or 1)]
         elif name in data.ids:
             chosen.append(data.ids.index(name))
         else:
-            first, last = data.ids[0], data.ids[-1]
-            raise DataError(f"--exemplar {name}: neither auto:N nor one of {first} .. {last}")
+            why = f"neither auto:N nor one of the {len(data)} images trained on, {data.ids[0]} .."
+            raise DataError(f"--exemplar {name}: {why} (without a val folder a tenth is set aside)")
     return list(dict.fromkeys(chosen))
 
 
@@ -1021,7 +1022,10 @@ def exemplar_mask(name, args):
     image = next(p for (p,) in pairs if p.stem == name)
     masks = "masks" if args.data == "folder" else "ISIC2018_Task1_Training_GroundTruth"
     folder = image.parent.with_name(masks)
-    found = [p for p in sorted(folder.glob("*")) if p.stem.removesuffix("_segmentation") == name]
+    if args.data == "isic2018" and not folder.is_dir():  # comes whole; one file of it is opened
+        datasets._fetch(f"{datasets.ISIC_URL}/{masks}.zip", folder, "of which one mask is read")
+    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    found = [p for p in files if p.stem.removesuffix("_segmentation") == name]
     if not found:
         raise DataError(f"{folder}: no mask of the exemplar {name}; add it or correct --exemplar")
     mask = datasets.read_mask(found[0], args.size, exif_from=image).bool()
@@ -1036,20 +1040,16 @@ def load(args, split, images_only=False):
         args.data, args.data_root, split, args.size, None, images_only, args.num_workers
     )
     cut = slice(24 if args.quick else None)
-    images, masks = found.images[cut], found.masks[cut]
-    return replace(found, ids=found.ids[cut], images=images, masks=masks)
+    return replace(found, ids=found.ids[cut], images=found.images[cut], masks=found.masks[cut])
 
 
 def averages(rows):
     """Means and standard deviations over the images: {row: {metric: (N,)}} -> the same of dicts."""
-    return {
-        row: {
-            m: {"mean": v.mean().item(), "std": v.std(unbiased=False).item()}
-            for m, v in metrics.items()
-            if m in METRICS
-        }
-        for row, metrics in rows.items()
-    }
+
+    def of(v):
+        return {"mean": v.mean().item(), "std": v.std(unbiased=False).item()}
+
+    return {row: {m: of(v[m]) for m in METRICS} for row, v in rows.items()}
 
 
 def over_exemplars(results):
@@ -1070,47 +1070,28 @@ def print_table(rows):
 
 def run_exemplar(index, mask, train_set, test, full, args, folder):
     """Train, evaluate and draw all methods with one exemplar; (result, network Caudo-Diff)."""
-    name, seconds = train_set.ids[index], {}
-    others = [k for k in range(len(train_set)) if k != index]
-    images = train_set.images[others]
-    folder = folder / name
+    name, others = train_set.ids[index], [k for k in range(len(train_set)) if k != index]
+    images, folder, seconds = train_set.images[others], folder / name, {}
     folder.mkdir(exist_ok=True)
     expansion = Expansion(train_set.images[index], mask, images, args)
     draw_expansion(expansion, args, folder / "figures" / "expansion.png")
 
-    def stage(kind, *how):
-        net, seconds[kind] = train(kind, *how, args, folder)
-        return net
+    def stage(kind, steps, net, draw, loss):
+        ema, seconds[kind] = train(kind, net, draw, loss, steps, args, folder)
+        return ema
 
-    n, b, factor = args.steps, args.batch_size, args.latent_factor
-    first = stage(
-        "exemplar",
-        lambda: UNet(args.width),
-        lambda: draw_pairs(expansion, None, args),
-        segmenter_loss,
-        n,
-    )
-    ae = stage(
-        "autoencoder",
-        lambda: Autoencoder(factor),
-        lambda: expansion(b)[1:],
-        autoencoder_loss,
-        2 * n,
-    )
-    g = stage(
-        "denoiser",
-        lambda: Denoiser(factor, 2 * args.width),
-        lambda: draw_views(expansion, args),
-        lambda net, *batch: denoiser_loss(net, *batch, first, ae),
-        n,
-    )
+    n, factor, pairs = args.steps, args.latent_factor, partial(draw_pairs, expansion, None, args)
+    views, masks = partial(draw_views, expansion, args), lambda: expansion(args.batch_size)[1:]
+    first = stage("exemplar", n, partial(UNet, args.width), pairs, segmenter_loss)
+    ae = stage("autoencoder", 2 * n, partial(Autoencoder, factor), masks, autoencoder_loss)
+    loss = partial(denoiser_loss, segmenter=first, ae=ae)
+    g = stage("denoiser", n, partial(Denoiser, factor, 2 * args.width), views, loss)
     nets = ae, g, args.kappa * colour_share(expansion.exemplar)
     methods = ["caudo_diff", "caudo_diff_unguided", "self_training", "exemplar_only"]
     segmenters, labels = {}, {}
     for method in methods if args.compare else methods[:1]:
-        segmenters[method], labels[method], seconds[method] = retrain(
-            method, first, nets, expansion, images, args, folder
-        )
+        how = method, first, nets, expansion, images, args, folder
+        segmenters[method], labels[method], seconds[method] = retrain(*how)
     final = segmenters["caudo_diff"]
     draw_calibration(nets, first, final, test, args, folder / "figures" / "calibration.png")
     rows = evaluate(segmenters | ({"full_supervision": full} if full else {}), test, args)
@@ -1118,8 +1099,8 @@ def run_exemplar(index, mask, train_set, test, full, args, folder):
     if args.compare:  # all training is done: only now the other masks may be looked at
         truth = consensus(load(args, "train").masks[others])
         rounds = [
-            {k: overlap_metrics(p > 0.5, truth[i]) for k, p in zip(PSEUDO, pair, strict=True)}
-            for i, *pair in labels["caudo_diff"]
+            {"initial": overlap_metrics(p0 > 0.5, m), "calibrated": overlap_metrics(p1 > 0.5, m)}
+            for m, p0, p1 in ((truth[i], p0, p1) for i, p0, p1 in labels["caudo_diff"])
         ]
         result["pseudo_labels"] = [averages(r) for r in rounds]
         rebuilt = batched(lambda m: ae.decode(ae.encode(m.to(args.device).float())), truth)
@@ -1131,9 +1112,8 @@ def run(args):
     """Load, train, evaluate, draw; returns the exit status."""
     folder = Path(args.out) / METHOD / args.data / f"seed{args.seed}"
     if args.predict:
-        state = load_checkpoint(
-            Path(args.checkpoint or folder / "best.pt"), "best", args, MODEL_FLAGS
-        )
+        path = Path(args.checkpoint or folder / "best.pt")
+        state = load_checkpoint(path, "best", args, MODEL_FLAGS)
         net = UNet(args.width).to(args.device, memory_format=torch.channels_last).eval()
         net.load_state_dict(state["ema"])
         errors = predict(net, args, folder / "predictions")
@@ -1148,30 +1128,28 @@ def run(args):
         raise DataError(f"{args.data_root}: no unlabelled image beside the exemplar; add some")
     if args.epochs:
         args.steps = args.epochs * math.ceil(len(train_set) / args.batch_size)
+    most = args.max_steps or math.inf
+    args.steps, args.round_steps = min(args.steps, most), min(args.round_steps, most)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    if not args.eval_only:
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     if not args.resume and not args.eval_only:  # what an earlier run left must not be resumed
-        for name in ("*.pt", "*/*.pt", "log.csv", "*/log.csv"):
+        for name in ("full_supervision.pt", "*/*.pt", "log.csv", "*/log.csv"):
             for file in folder.glob(name):
                 file.unlink()
     full, seconds, start = None, {}, time.time()
     if args.compare:  # the ceiling; it is the same for all exemplars
         labelled = load(args, "train")
-        full, seconds["full_supervision"] = train(
-            "full_supervision",
-            lambda: UNet(args.width),
-            lambda: draw_labelled(labelled, args),
-            segmenter_loss,
-            args.steps + args.rounds * args.round_steps,
-            args,
-            folder,
-        )
+        how = partial(UNet, args.width), partial(draw_labelled, labelled, args), segmenter_loss
+        steps = args.steps + args.rounds * args.round_steps
+        full, seconds["full_supervision"] = train("full_supervision", *how, steps, args, folder)
     results = []
     for index, mask in zip(chosen, masks, strict=True):
         result, final = run_exemplar(index, mask, train_set, test, full, args, folder)
         if not results:  # for --predict
             state = {"method": METHOD, "kind": "best", "ema": final.state_dict()}
-            save_checkpoint(state | {"args": plain(args)}, folder / "best.pt")
+            state["args"] = vars(args) | {"size": list(args.size)}
+            save_checkpoint(state, folder / "best.pt")
         results.append(result)
     commit = ""
     with contextlib.suppress(OSError):  # git is not installed
