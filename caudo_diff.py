@@ -87,18 +87,8 @@ ROWS = {
 # What --predict, --eval-only and --resume must find as it was when the networks were trained.
 MODEL_FLAGS = ["width", "size"]
 EVAL_FLAGS = [*MODEL_FLAGS, "latent_factor", "steps", "round_steps", "rounds"]
-TRAIN_FLAGS = [
-    "data_root",
-    "pool",
-    "lr",
-    "batch_size",
-    "bf16",
-    "t_star",
-    "guidance",
-    "kappa",
-    "ddim_steps",
-]
-TRAIN_FLAGS = [*EVAL_FLAGS, *TRAIN_FLAGS]
+TRAIN_FLAGS = [*EVAL_FLAGS, "data_root", "pool", "lr", "batch_size", "bf16", "t_star", "guidance",
+               "kappa", "ddim_steps"]  # fmt: skip
 
 # ==================================================================================================
 # 1. Command line
