@@ -69,9 +69,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
-import data as datasets
 from crf import DenseCRF, unary_from_softmax
-from data import IMAGE_SUFFIXES, DataError, augment, load_segmentation, parse_size, read_image
+from data import (
+    IMAGE_SUFFIXES,
+    DataError,
+    augment,
+    load_mask,
+    load_segmentation,
+    parse_size,
+    read_image,
+)
 
 METHOD = "caudo_diff"
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
@@ -1008,20 +1015,7 @@ def exemplar_mask(name, args):
         drawn = load_segmentation("synthetic", "", "train", args.size)
         i = drawn.ids.index(name)
         return consensus(drawn.masks[i : i + 1])[0]
-    pairs = datasets._pairs(args.data, Path(args.data_root), "train", images_only=True)
-    image = next(p for (p,) in pairs if p.stem == name)
-    masks = "masks" if args.data == "folder" else "ISIC2018_Task1_Training_GroundTruth"
-    folder = image.parent.with_name(masks)
-    if args.data == "isic2018" and not folder.is_dir():  # comes whole; one file of it is opened
-        datasets._fetch(f"{datasets.ISIC_URL}/{masks}.zip", folder, "of which one mask is read")
-    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-    found = [p for p in files if p.stem.removesuffix("_segmentation") == name]
-    if not found:
-        raise DataError(f"{folder}: no mask of the exemplar {name}; add it or correct --exemplar")
-    mask = datasets.read_mask(found[0], args.size, exif_from=image).bool()
-    if not mask.any():
-        raise DataError(f"{found[0]}: the exemplar's mask is empty; choose another --exemplar")
-    return mask
+    return load_mask(args.data, args.data_root, "train", name, args.size)
 
 
 def load(args, split, images_only=False):

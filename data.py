@@ -180,6 +180,27 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
     return SegmentationSet(name, split, [Path(s[0]).stem for s in sources[:n]], images, masks)
 
 
+def load_mask(name, root, split, stem, size):
+    """Load the mask of one image as bool (1, H, W) and open no other, for who may see only that.
+    name: isic2018 | folder. Raises DataError if it is missing, broken or empty.
+    """
+    pairs = _pairs(name, Path(root), split, images_only=True)
+    image = next(path for (path,) in pairs if path.stem == stem)
+    folder = image.parent.with_name("masks")
+    if name == "isic2018":
+        folder = image.parent.with_name(f"ISIC2018_Task1_{ISIC_SPLITS[split]}_GroundTruth")
+        if not folder.is_dir():  # comes whole
+            _fetch(f"{ISIC_URL}/{folder.name}.zip", folder, "of which one mask is read")
+    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    found = [p for p in files if p.stem.removesuffix("_segmentation") == stem and p.name[0] != "."]
+    if not found:
+        raise DataError(f"{folder}: no mask of {stem}; add it or name another image")
+    mask = read_mask(found[0], size, exif_from=image).bool()
+    if not mask.any():
+        raise DataError(f"{found[0]}: this mask is empty; name another image")
+    return mask
+
+
 def _pairs(name, root, split, images_only):
     """[(image, mask)] paths sorted by stem, [(image,)] if images_only; fetches missing ISIC parts.
     folder: <root>/<split>/{images,masks}; without val, a tenth of train; without splits, 80/10/10.

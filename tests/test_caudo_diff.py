@@ -148,6 +148,9 @@ def test_bare_command_compares_draws_and_predicts(tmp_path, capsys):
     for name in ("expansion", "calibration"):
         assert len(list(folder.rglob(f"{name}.png"))) == 2
     before = trained_weights(tmp_path)
+    steps = {f.name: torch.load(f, weights_only=True).get("step") for f in folder.rglob("*.pt")}
+    assert steps["full_supervision.pt"] == steps["exemplar.pt"] + 2 * steps["caudo_diff_2.pt"]
+    assert run(*TINY, *out, "--latent-factor", 8, "--eval-only") == 2
     assert run(*TINY, *out, "--exemplar", "auto:2", "--rounds", 2, "--eval-only") == 0
     assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]
     assert same(before, trained_weights(tmp_path))
@@ -188,6 +191,10 @@ def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how, when):
         (["--exemplar", "empty"], "empty"),
         (["--t-star", "1000"], "--t-star"),
         (["--rounds", "0"], "--rounds"),
+        (["--exemplar", "auto:0"], "auto:0"),
+        (["--srgb", "0"], "CRF"),
+        (["--kappa", "nan"], "--kappa"),
+        (["--checkpoint", "best.pt"], "--checkpoint"),
         (["--width", "20"], "--width"),
         (["--device", "tpu7"], "--device"),
         (["--data-root", "nowhere"], "nowhere"),

@@ -203,3 +203,14 @@ def test_404_corrupt_zip_and_whole_part(tmp_path, server):
     server.files[zip_name], n = sound, len(server.log) + 1
     (tmp_path / "isic2018" / f"{zip_name}.part").write_bytes(sound)  # 416: it is whole already
     assert len(load(tmp_path, name="isic2018", images_only=True)) == 3 and len(server.log) == n
+
+
+def test_one_mask_is_fetched_and_opened_alone(tmp_path, server):
+    load(tmp_path, name="isic2018", images_only=True)
+    mask = data.load_mask("isic2018", tmp_path, "val", "b", SIZE)
+    assert server.log[-1] == (f"{NAMES[1]}.zip", 0)
+    for p in (tmp_path / "isic2018" / NAMES[1]).glob("[ac]*"):
+        p.write_text("no image")
+    assert torch.equal(mask, data.load_mask("isic2018", tmp_path, "val", "b", SIZE))
+    with pytest.raises(data.DataError, match="a_segmentation"):
+        data.load_mask("isic2018", tmp_path, "val", "a", SIZE)

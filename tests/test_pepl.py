@@ -331,6 +331,11 @@ def test_bare_quick_run_writes_everything_and_repeats(tmp_path, capsys):
     rows = outputs(tmp_path / "a")[1]
     assert run("--quick", "--ablate", "--eval-only", "--out", tmp_path / "a") == 0
     assert outputs(tmp_path / "a")[1] == rows
+    split = (folder / "split.json").read_text()
+    for other in (["--labels", "0.5"], ["--max-steps", "5"], ["--validate"]):  # of other runs
+        for how in ("--eval-only", "--resume"):
+            assert run("--quick", "--ablate", how, *other, "--out", tmp_path / "a") == 2
+    assert (folder / "split.json").read_text() == split and outputs(tmp_path / "a")[1] == rows
     assert run(*TINY, "--method", "supervised", "--labels", 1, "--out", tmp_path) == 0
     assert run(*TINY, "--seeds", 0, 1, "--validate", "--out", tmp_path) == 0
     result = json.loads((tmp_path / "pepl/synthetic/result.json").read_text())
@@ -369,6 +374,7 @@ def test_predict_on_own_photographs(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "d.png" in err and "none.png" in err
     done = tmp_path / "pepl/synthetic/seed0/predictions"
+    assert run(*TINY, "--out", tmp_path, "--predict", tmp_path / "none.png") == 2  # loses nothing
     header, *rows = [x.split(",") for x in (done / "probabilities.csv").read_text().splitlines()]
     assert len(rows) == 3 and header[3:] == data.BIRD_CLASSES
     for row, size in zip(rows, [(60, 40), (30, 50), (30, 50)], strict=True):
@@ -387,6 +393,12 @@ def test_predict_on_own_photographs(tmp_path, capsys):
         (["--pretrained"], "--pretrained"),
         (["--device", "tpu7"], "--device"),
         (["--data", "cub200", "--data-root", "nowhere"], "nowhere"),
+        (["--lr", "0"], "--lr"),
+        (["--weight-decay", "-1"], "--weight-decay"),
+        (["--num-workers", "0"], "--num-workers"),
+        (["--seed", "-1"], "--seed"),
+        (["--max-steps", "0"], "--max-steps"),
+        (["--checkpoint", "a.pt"], "--checkpoint"),
         (["--eval-only"], "last.pt"),
         (["--predict", "x.png", "--checkpoint", "nothing.pt"], "nothing.pt"),
         (["--out", os.devnull], "null"),
