@@ -27,16 +27,16 @@ core an exemplar, torch 2.15; records in docs/results, commands and more in READ
     polyps, n = 153 (1 exemplar)       0.316          0.311       0.289  0.287             0.569
 
 Deviations. Beyond its outline nothing of the paper is public, so all details are ours; above all:
-D1  "Guided" means three things here: classifier-free guidance by c (Eq. 6); c also holds the pixels
+D1  "Guided" means three things here: classifier-free guidance by c (Eq. 7); c also holds the pixels
     and a contrast map, a colour discriminant fitted to each image, as features learned from one
     exemplar do not carry over; and each predicted mask is moved to the colour edges of its image
-    (Eq. 7), as far as the exemplar's own colours find its own mask (colour_share). In our trials on
+    (Eq. 4), as far as the exemplar's own colours find its own mask (colour_share). In our trials on
     validation images the last made most of the difference between calibrated and initial labels.
 D2  t* = 900 of 1000 by four steps of DDIM inversion. They are inexact (there_and_back says by how
     much), but calibration is not meant to return what it was given.
 D3  The denoiser learns from corrupted masks and from the segmenter's own errors on strongly changed
     views, corrupted too: its errors on the pairs it was trained with are too small.
-D4  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 8).
+D4  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5).
 D5  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
     chosen on masks of synthetic images, of ISIC's training and 100 validation images and of some
     validation frames of the polyps, never of test images; the method itself needs none of them.
@@ -285,13 +285,14 @@ def follow_image(x, logits, kappa):
     inside and outside differs by other colours in each image, and the image itself tells by which.
     """
     evidence = F.avg_pool2d(contrast_map(x, logits.sigmoid()), 3, 1, 1, count_include_pad=False)
-    return torch.sigmoid(logits.clamp(-6, 6) + kappa * evidence)  # Eq. 7 [Caudo, O]
+    return torch.sigmoid(logits.clamp(-6, 6) + kappa * evidence)  # Eq. 4 [Caudo, O]
 
 
 def colour_share(exemplar):
     """How far colours alone find the object of the exemplar (1, 4, H, W), its mask last: 0 to 1.
 
-    ours: 0 up to a Dice of 0.6 (polyps, which have the colour of the gut), 1 from 0.75 (lesions).
+    ours: 0 up to a Dice of 0.6, 1 from 0.75. Below, colours mislead (polyps, which have the colour
+    of the gut); lesions lie above.
     """
     found = contrast_map(exemplar[:, :3], exemplar[:, 3:])
     found = F.avg_pool2d(found, 3, 1, 1, count_include_pad=False) > 0
@@ -331,10 +332,10 @@ def reliability(p0, p1, power=6):
     """Weight of each pixel of labels p1, all (B, 1, H, W) in [0, 1]: sure, and agreed with p0.
 
     A whole image counts by the Dice of p0 and p1: where calibration changes much, both are wrong
-    more often.
+    more often. Two empty labels agree: what holds no object for both is learned as background.
     """
     agreement = overlap_metrics(p0 > 0.5, p1 > 0.5)["dice"].view(-1, 1, 1, 1)
-    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 8 [Caudo, O]
+    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 [Caudo, O]
 
 
 def overlap_metrics(pred, mask):
@@ -487,7 +488,7 @@ class Denoiser(nn.Module):
         a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
         # ours: the head predicts v, so that x0_hat tends to zt itself as t goes to 0 and inversion
         # may start there
-        return a.sqrt() * zt - (1 - a).sqrt() * self.head(h).float()  # Eq. 4 [Caudo, O]
+        return a.sqrt() * zt - (1 - a).sqrt() * self.head(h).float()  # Eq. 6 [Caudo, O]
 
 
 # ==================================================================================================
@@ -538,7 +539,7 @@ def calibrate(nets, img, p0, h, args, guided=True, whole_way=False):
 
         def guide(zt, t):  # classifier-free guidance; w < 1 trusts the prior of shapes more
             x0 = g(zt, torch.full((len(zt),), t, device=zt.device), c)
-            x0 = torch.lerp(free(zt, t), x0, args.guidance)  # Eq. 6 [Caudo, O]
+            x0 = torch.lerp(free(zt, t), x0, args.guidance)  # Eq. 7 [Caudo, O]
             return ae.encode(follow_image(img, ae.decode(x0), kappa))
 
         way = there_and_back(z, free, guide if guided else free, ddim_times(args))
@@ -609,7 +610,7 @@ def draw_expansion(expansion, args, path):
     m = torch.cat([expansion.exemplar[:, 3:], m]).cpu() > 0.5
     tiles = [(outline(a, b[0]), "") for a, b in zip(x, m, strict=True)]
     rows = [("exemplar,\nthen pairs\nmade of it", tiles[:8]), ("", tiles[8:])]
-    draw_sheet([""] * 8, rows, path, 2)
+    draw_sheet([""] * 8, rows, path, scale=max(1, round(128 / args.size[1])))
 
 
 def draw_calibration(nets, first, final, test, args, path):
@@ -635,7 +636,8 @@ def draw_calibration(nets, first, final, test, args, path):
         tiles = [(outline(x, truth[k, 0]), ""), *tiles, (colour_map(truth[k, 0]), "")]
         rows.append((f"{name}\n{test.ids[i][-7:]}", tiles))
     titles = ["image + truth", "first label p0", *(f"t = {times[s]}" for s in shown)]
-    draw_sheet([*titles, "calibrated p1", "Caudo-Diff", "truth"], rows, path, 2)
+    titles += ["calibrated p1", "Caudo-Diff", "truth"]
+    draw_sheet(titles, rows, path, scale=max(2, 128 // args.size[1]))
 
 
 def predict(net, args, folder):
@@ -700,11 +702,12 @@ class Expansion:
         ring = F.max_pool2d(mask, 15, 1, 7) - F.max_pool2d(mask, 3, 1, 1)  # around the object
         self.around = (opponent(img) * ring).sum((2, 3), keepdim=True) / (ring.sum() + 1e-6)
         margin = torch.cat([images[:, :, 3:5], images[:, :, -5:-3]], 2).float().mean((1, 2, 3))
-        self.inset = (margin / 60).clamp(0.6, 1)  # keeps windows off the black frame of endoscopes
+        # ours: an endoscope's frame is black in the rows next to the border, skin and gut are not
+        self.inset = (margin / 60).clamp(0.6, 1)
         h, w = mask.shape[2:]
         y, x = mask[0, 0].nonzero().float().mean(0).tolist()
         self.centre = torch.tensor([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1])
-        self.radius = math.sqrt(mask.mean().item() / math.pi)  # of a disc of its area
+        self.radius = math.sqrt(mask.mean().item() / math.pi)  # of a disc of its share of the area
 
     def warp(self, scale, spread, padding, elastic=1.0):
         """Turned, squeezed, elastic copies magnified by scale (n,): (n, 4, H, W).
@@ -834,7 +837,7 @@ def denoiser_loss(net, x, m, view, segmenter, ae):
     a = ALPHA_BAR.to(x.device)[t][:, None, None, None]
     x0_hat = net(add_noise(z0, t, torch.randn(z0.shape).to(z0)), t, c)
     # an error of v is sqrt(1 - a) as large in x0_hat: divided by 1 - a, this is the MSE of v
-    return ((x0_hat - z0).square() / (1 - a + 0.02)).mean()  # Eq. 5 [Caudo, O]
+    return ((x0_hat - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 [Caudo, O]
 
 
 def save_checkpoint(state, path):
@@ -865,9 +868,8 @@ def load_checkpoint(path, kind, args, fixed):
     for name in fixed:
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            raise DataError(
-                f"{path} was trained with {name} = {was}, not {now}: use the same flags"
-            )
+            was, now = (f"{x[1]}x{x[0]}" if name == "size" else x for x in (was, now))
+            raise DataError(f"{path} was trained with {name} = {was}, not {now}: keep it")
     return state
 
 

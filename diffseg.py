@@ -791,9 +791,8 @@ def load_checkpoint(path, kind, args, fixed):
     for name in fixed:
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            raise DataError(
-                f"{path} was trained with {name} = {was}, not {now}: use the same flags"
-            )
+            was, now = (f"{x[1]}x{x[0]}" if name == "size" else x for x in (was, now))
+            raise DataError(f"{path} was trained with {name} = {was}, not {now}: keep it")
     return state
 
 

@@ -462,15 +462,16 @@ def overlay(img, maps):
 
 def draw_sheet(columns, path, side=112):
     """Write a sheet: columns of (caption, picture uint8 (H, W, 3) or None) from top to bottom."""
-    rows = max(map(len, columns))
-    sheet = Image.new("RGB", ((side + 6) * len(columns), (side + 18) * rows), "white")
+    rows, (h, w) = max(map(len, columns)), columns[0][0][1].shape[:2]
+    tall = round(side * h / w)
+    sheet = Image.new("RGB", ((side + 6) * len(columns), (tall + 18) * rows), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for c, column in enumerate(columns):
         for r, (caption, picture) in enumerate(column):
-            x, y = c * (side + 6), r * (side + 18)
+            x, y = c * (side + 6), r * (tall + 18)
             pen.text((x + 2, y + 1), caption[: side // 6], "black", font=font)
             if picture is not None:
-                sheet.paste(Image.fromarray(picture).resize((side, side), 0), (x, y + 16))
+                sheet.paste(Image.fromarray(picture).resize((side, tall), 0), (x, y + 16))
     sheet.save(path)
 
 
@@ -585,10 +586,9 @@ def load_checkpoint(path, args, fixed=()):
     for name in ("arch", "size", *fixed):
         was, now = state.get("args", {}).get(name), getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
-            flag = {"steps": "epochs or --max-steps", "bf16": "amp"}.get(name, name).replace(
-                "_", "-"
-            )
-            raise DataError(f"{path}: --{flag} was {was}, now {now}; keep it")
+            was, now = (f"{x[1]}x{x[0]}" if name == "size" and x else x for x in (was, now))
+            name = {"steps": "epochs or --max-steps", "bf16": "amp"}.get(name, name)
+            raise DataError(f"{path}: --{name.replace('_', '-')} was {was}, now {now}; keep it")
     return state
 
 
@@ -629,7 +629,7 @@ def train(method, train_set, labelled, unlabelled, args, folder):
     tau = torch.tensor(1 / n_classes, device=device)  # 1 would reject nearly all for very long
     p = torch.full((n_classes,), 1 / n_classes, device=device)
     watched = unlabelled if len(unlabelled) else labelled  # the log's pseudo-labels are of these
-    watched = watched[:: max(1, len(watched) // 512)]
+    watched = watched[:: max(1, len(watched) // 512)]  # half a thousand of them will do
     step, seconds, log, smooth = 0, 0.0, [], None
     folder.mkdir(parents=True, exist_ok=True)
     if old:
@@ -652,9 +652,9 @@ def train(method, train_set, labelled, unlabelled, args, folder):
                unit="img", unit_scale=per_step)  # fmt: skip
     while step < args.steps and not args.eval_only:
         net.train()
-        warm, cosine = min(1, (step + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+        ramp, cosine = min(1, (step + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         for group in opt.param_groups:
-            group["lr"] = group["peak"] * warm * cosine
+            group["lr"] = group["peak"] * ramp * cosine
         phase_two = step >= args.mix_start * args.steps
 
         i = labelled[torch.randint(len(labelled), (b,))].to(device)
@@ -796,22 +796,24 @@ def run(args):
         for error in errors:
             print(f"pepl.py: error: {error}", file=sys.stderr)
         return 2 if errors else 0
-    commit, per_seed = "", []
+    commit, per_seed, seconds = "", [], {}
     with contextlib.suppress(OSError):  # git is not installed
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     for seed in args.seeds:
         rows, record = run_seed(args, seed, base / f"seed{seed}")
         per_seed.append(rows)
+        seconds[seed] = record.pop("seconds")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB of main memory
         if args.device.startswith("cuda"):
             peak = torch.cuda.max_memory_allocated() / 2**20
-        runs = {m: np.array([r[m] for r in per_seed]) for m in rows}
-        table = {
-            m: {"mean": v.mean(), "std": v.std(), "seeds": v.tolist()} for m, v in runs.items()
-        }
+        table = {}
+        for method in rows:  # the deviation is that of seeds; of one seed, that of right and wrong
+            v = np.array([r[method] for r in per_seed])
+            std = v.std() if len(v) > 1 else (v * (1 - v)).item() ** 0.5
+            table[method] = {"mean": v.mean(), "std": std, "seeds": v.tolist()}
         result = {"method": "pepl", "data": args.data} | record | {
-            "seeds": args.seeds[: len(per_seed)], "device": args.device,
+            "seeds": args.seeds[: len(per_seed)], "seconds": seconds, "device": args.device,
             "peak_memory_mib": round(peak), "torch": torch.__version__, "git": commit or None,
             "command": " ".join(["python pepl.py", *args.argv]),
             "rows": {m: {"accuracy": row} for m, row in table.items()},
