@@ -28,10 +28,13 @@ D3  Training starts on the labelled images alone (--warm-up): from scratch the f
     are chance, and thresholds that start at 1/C keep all of them.
 D4  beta = 0.99, not 0.999, and --tau-floor: our runs have a thousand steps, not a hundred thousand.
 D5  A partner is always a kept image; images that are not kept count as 0 in the mean of Eq. 7.
-D6  Labelled images are not mixed (Eq. 8's flag, --mix-labelled), and phase II starts at half of the
-    steps: our small network, trained from scratch, learns more slowly from mixed images.
+D6  Labelled images are mixed only if asked (Eq. 8's flag, --mix-labelled), and then from the first
+    step, as their labels are true; phase II for the others starts at half of the steps: our small
+    network, trained from scratch, learns more slowly from mixed images.
 D7  FreeMatch is Eqs. 3-5 with phase I for ever, without its fairness term, which PEPL lacks too.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
+D9  --align adds the distribution alignment of ReMixMatch to every semi-supervised method, off by
+    default; the learning rate rises over the first 100 steps, then falls along a cosine.
 """
 
 import argparse
