@@ -19,8 +19,8 @@ Commands:
     python caudo_diff.py --exemplar auto:3                three exemplars: mean and deviation
     python caudo_diff.py --predict photo.jpg folder       with the trained network
 
-Results: Dice, mean of three exemplars (`--exemplar auto:3`), seed 0, 64 x 48 px, torch 2.15, two CPU
-cores; one exemplar with all rows takes 6 minutes; records in docs/results, commands in README.md.
+Results: Dice, mean of three exemplars (`--exemplar auto:3`), seed 0, 64 x 48 px, torch 2.15, two
+CPU cores; one exemplar with all rows takes 6 minutes; records in docs/results, more in README.md.
                                exemplar only  self-training  Caudo-Diff  + CRF  full supervision
     synthetic, n = 128                 0.826          0.849       0.886  0.888             0.921
     ISIC subset, n = 300               0.776          0.788       0.802  0.808             0.877
