@@ -22,7 +22,7 @@ Commands:
 Results: Dice, mean of three exemplars (`--exemplar auto:3`), seed 0, 64 x 48 px, torch 2.15, two
 CPU cores; one exemplar with all rows takes 6 minutes; records in docs/results, more in README.md.
                                exemplar only  self-training  Caudo-Diff  + CRF  full supervision
-    synthetic, n = 128                 0.826          0.849       0.886  0.888             0.921
+    synthetic, n = 128                 0.824          0.846       0.887  0.889             0.920
     ISIC subset, n = 300               0.776          0.788       0.802  0.808             0.877
     polyps, n = 153 (fails)            0.395          0.343       0.302  0.298             0.601
 
