@@ -646,6 +646,8 @@ def train(method, train_set, labelled, unlabelled, args, folder):
         tau, p = state["tau"].to(device), state["p"].to(device)
         step, seconds, log, smooth = (state[k] for k in ("step", "seconds", "log", "smooth"))
         torch.set_rng_state(state["rng"])
+        if args.eval_only and step < args.steps:
+            raise DataError(f"{path} stopped at step {step} of {args.steps}; --resume first")
     forward = torch.compile(net) if args.compile else net
     stop = []  # filled by Ctrl-C: the running step is finished first, so that the state is whole
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))

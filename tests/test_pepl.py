@@ -358,6 +358,7 @@ def test_resume_after_a_signal_equals_an_unbroken_run(tmp_path, how):
     err = process.communicate()[1].decode()
     assert how == signal.SIGKILL or (process.returncode == 130 and "--resume" in err)
     assert torch.load(last, weights_only=True)["step"] < 24
+    assert run(*command, tmp_path / "cut", "--eval-only") == 2  # not trained to its end
     assert run(*command, tmp_path / "cut", "--resume") == 0
     assert same(outputs(tmp_path / "whole"), outputs(tmp_path / "cut"))
 
