@@ -177,7 +177,8 @@ def parse_args(argv=None):
     except (RuntimeError, AssertionError):
         p.error(f"--device {args.device} is not usable here; take --device cpu")
     bf16_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    args.bf16 = args.amp == "on" or (args.amp == "auto" and (bf16_cpu or args.device != "cpu"))
+    fast = args.device.startswith("cuda") or bf16_cpu
+    args.bf16 = args.amp == "on" or (args.amp == "auto" and fast)
     return args
 
 
