@@ -118,12 +118,7 @@ def parse_args(argv=None):
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
-    add(
-        "--size",
-        type=parse_size,
-        default="64x48",
-        help="network input; kernels are tuned for 64x48",
-    )
+    add("--size", type=parse_size, default="64x48", help="network input; kernels suit 64x48")
     add("--steps", type=positive, default=300, help="of the segmenter and denoiser (ours)")
     add("--round-steps", type=positive, default=100, help="of every round (ours)")
     add("--epochs", type=positive, help="sets --steps by passes over the training images")
@@ -869,7 +864,8 @@ def load_checkpoint(path, kind, args, fixed):
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
             was, now = (f"{x[1]}x{x[0]}" if name == "size" else x for x in (was, now))
-            raise DataError(f"{path} was trained with {name} = {was}, not {now}: keep it")
+            flag = {"bf16": "amp"}.get(name, name).replace("_", "-")
+            raise DataError(f"{path} was trained with --{flag} {was}, not {now}: keep it")
     return state
 
 

@@ -792,7 +792,8 @@ def load_checkpoint(path, kind, args, fixed):
         was, now = state["args"][name], getattr(args, name)
         if was != (list(now) if isinstance(now, tuple) else now):
             was, now = (f"{x[1]}x{x[0]}" if name == "size" else x for x in (was, now))
-            raise DataError(f"{path} was trained with {name} = {was}, not {now}: keep it")
+            flag = {"bf16": "amp"}.get(name, name).replace("_", "-")
+            raise DataError(f"{path} was trained with --{flag} {was}, not {now}: keep it")
     return state
 
 

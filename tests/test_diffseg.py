@@ -286,7 +286,7 @@ def test_foreign_checkpoints_are_refused(trained, tmp_path, capsys):
         assert run(*base, tmp_path / name) == 2
         assert name in capsys.readouterr().err
     assert run(*base, best, "--width", "32") == 2
-    assert "width = 16" in capsys.readouterr().err
+    assert "--width 16, not 32" in capsys.readouterr().err
 
 
 def test_full_disk_leaves_the_earlier_checkpoint_intact(trained, monkeypatch, capsys):
