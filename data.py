@@ -1,29 +1,35 @@
-"""Data sets as small uint8 tensors: decoded once, cached beside the data, indexed in memory.
+"""Files in, files out: what the three scripts share beside the CRF.
 
-train = load_segmentation("isic2018", "data", "train", size=(96, 128))  # a SegmentationSet
-x = train.images[torch.randint(len(train), (24,))].float() / 255        # (24, 3, 96, 128)
-birds = load_classification("cub200", "data", "train", size=(256, 256))  # a ClassificationSet
-labelled, unlabelled = label_split(birds.labels, per_class=4, seed=0)   # indices, stratified
+Files in: data sets as small uint8 tensors, decoded once, cached beside the data, indexed in memory.
+
+    train = load_segmentation("isic2018", "data", "train", size=(96, 128))  # a SegmentationSet
+    x = train.images[torch.randint(len(train), (24,))].float() / 255        # (24, 3, 96, 128)
+    birds = load_classification("cub200", "data", "train", size=(256, 256))  # a ClassificationSet
+    labelled, unlabelled = label_split(birds.labels, per_class=4, seed=0)   # indices, stratified
+
+Files out: flags that a checkpoint remembers, checkpoints, result.json, sheets of pictures.
 """
 
 import argparse
 import contextlib
 import gzip
+import hashlib
+import json
 import math
 import os
 import shutil
 import sys
 import tarfile
 import urllib.request
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 ISIC_URL = os.environ.get("ISIC_URL", "https://isic-challenge-data.s3.amazonaws.com/2018")
@@ -32,14 +38,39 @@ ISIC_SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MAX_PIXELS = 400_000_000  # 20,000 x 20,000, 1.2 GB once decoded: a larger file gets a DataError
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit warns from 89 million on
-EXIF_TURN = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
+CACHE_FORMAT = 2  # count up when decoding changes: caches of another format are built anew
 SPLIT_SEED = 2018  # of the splits drawn for a folder that has none; not the run's seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 BIRDS_COUNTS = {"train": 1000, "test": 600}
+# Flags that may differ from those in a checkpoint; every other flag must agree with it.
+FREE = {"device", "num_workers", "out", "resume", "eval_only", "checkpoint", "predict", "command"}
 
 
 class DataError(ValueError):
-    """One line for the user: which file, what is wrong with it, what to do."""
+    """For the user, a line each: which file or flag, what is wrong with it, what to do."""
+
+
+# ==================================================================================================
+# 1. Command line
+# ==================================================================================================
+
+
+def number(low, high=math.inf, kind=float):
+    """argparse type: a finite number from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} must lie between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = "number"  # argparse names it where text is none
+    return parse
+
+
+def whole(low, high=math.inf):
+    """argparse type: a whole number from low to high."""
+    return number(low, high, int)
 
 
 def parse_size(text):
@@ -51,21 +82,276 @@ def parse_size(text):
     return sides[-1], sides[0]
 
 
-def _open(path, size=None, twin=None, paper="white"):
-    """Open an image upright, transparency laid on paper; twin: the image that path is a mask of."""
+def parse_device(text):
+    """argparse type: auto, cpu, cuda or cuda:N, tried at once; auto is a GPU if there is one."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with Image.open(path) as img, Image.open(twin or path) as other:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is not usable here; take cpu") from error
+    return text
+
+
+def bf16_is_fast(device):
+    """Whether the device computes in bfloat16 itself and does not only emulate it."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: not known
+    return device == "cpu" and bool(capabilities.get("avx512_bf16"))
+
+
+def parse_flags(parser, argv, method):
+    """Parse argv; with --resume, --eval-only and --predict all flags but FREE are the checkpoint's.
+
+    Returns the flags and, as `command`, the command line that trains or trained. Raises DataError
+    if the checkpoint cannot be used or a given flag differs from it: that would be another run.
+    """
+    device = parser.parse_args(argv).device
+    parser.set_defaults(amp="on" if bf16_is_fast(device) else "off")
+    args = parser.parse_args(argv)
+    if args.checkpoint and not (args.eval_only or args.predict):
+        parser.error("--checkpoint goes with --eval-only or --predict; to go on, take --resume")
+    args.command = " ".join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    folder = run_folder(method, args)
+    path = args.checkpoint or folder / "best.pt"
+    if args.resume:
+        path = next(iter(sorted(folder.glob("*.pt"))), None)
+    if path is None or not (args.resume or args.eval_only or args.predict):
+        return args
+    saved = load_checkpoint(path, method)["args"]
+    parser.set_defaults(**{name: value for name, value in saved.items() if name not in FREE})
+    args = parser.parse_args(argv)
+    args.command = saved["command"]
+    for name, was in saved.items():
+        now = getattr(args, name)
+        if name not in FREE and now != was:
+            was, now = (f"{x[1]}x{x[0]}" if name == "size" else x for x in (was, now))
+            flag = name.replace("_", "-")
+            raise DataError(f"{path} was trained with --{flag} {was}, not {now}; leave it out")
+    return args
+
+
+def run_folder(method, args):
+    """The folder of a run: OUT/method/DATA/seedK; that of --checkpoint for --eval-only."""
+    if args.eval_only and args.checkpoint:
+        return Path(args.checkpoint).parent
+    data = Path(args.data_root).resolve().name if args.data == "folder" else args.data
+    parts = [f"seed{args.seed}", getattr(args, "exemplar", ""), "quick" * args.quick]
+    return Path(args.out, method, data, "-".join(filter(None, parts)).replace(":", ""))
+
+
+def fresh_folder(folder):
+    """Make the folder of a run; an earlier run's checkpoints and tables in it are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.suffix in (".pt", ".csv", ".json"):
+            file.unlink()
+
+
+@contextlib.contextmanager
+def one_line_errors(script):
+    """Around a whole run: foreseeable errors become one line each and exit status 2."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"{script}: error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{script}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ==================================================================================================
+# 2. Checkpoints and results
+# ==================================================================================================
+
+
+def fingerprint(*things):
+    """A short hash of lists, numbers and strings: are these the same data as then?"""
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
+
+
+def save_checkpoint(state, path):
+    """Write state to path so that either the old file or the whole new one is there, never half.
+
+    state: a dict with "method", "args" (vars of the flags) and "data" (a fingerprint).
+    """
+    temp = path.with_suffix(".tmp")
+    try:
+        torch.save(state, temp)
+        os.replace(temp, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        raise DataError(f"cannot write {path} ({error}); older files are intact") from error
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, method, data=None):
+    """Read a checkpoint onto the CPU; data: the fingerprint of the training data as they are now.
+
+    Raises DataError if it is missing, broken, another method's or of other data.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        todo = "train to the end first (--resume), or name one by --checkpoint"
+        raise DataError(f"no checkpoint {path}: {todo}") from None
+    except Exception as error:  # torch and zipfile raise all kinds
+        raise DataError(f"{path} is not a readable checkpoint; train again") from error
+    if not isinstance(state, dict) or state.get("method") != method:
+        raise DataError(f"{path} is a checkpoint of something else, not of {method}")
+    if data not in (None, state["data"]):
+        raise DataError(f"{path}: the training data changed since; train again without --resume")
+    return state
+
+
+def get_rng(device):
+    """The states of torch's random generators, of the CPU and of a GPU that is used."""
+    gpu = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
+    return {"cpu": torch.get_rng_state(), "gpu": gpu}
+
+
+def set_rng(state, device):
+    """Restore what get_rng returned; a run that moved to a GPU keeps that GPU's own generator."""
+    torch.set_rng_state(state["cpu"])
+    if device.startswith("cuda") and state["gpu"] is not None:
+        torch.cuda.set_rng_state(state["gpu"], device)
+
+
+def write_result(path, args, method, rows, **more):
+    """Write result.json, whole or not at all: what ran, on what, and rows {row: {metric: x}}."""
+    result = {"method": method, "data": args.data, "split": "test", "seed": args.seed}
+    result |= {"size": f"{args.size[1]}x{args.size[0]}", "steps": args.steps, **more}
+    result |= {"device": args.device, "torch": torch.__version__, "command": args.command}
+    temp = path.with_suffix(".tmp")
+    temp.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+    os.replace(temp, path)
+
+
+def print_table(rows, names):
+    """Print rows {row: {metric: x}}; names: how rows are called."""
+    metrics = list(next(iter(rows.values())))
+    print(f"\n{'':24}" + "".join(f"{m.replace('thresholded_', 'thr. '):>14}" for m in metrics))
+    for row, values in rows.items():
+        print(f"{names.get(row, row):24}" + "".join(f"{values[m]:14.3f}" for m in metrics))
+
+
+# ==================================================================================================
+# 3. Pictures
+# ==================================================================================================
+
+
+def colour_map(x):
+    """Map x (H, W) in [0, 1] to colours uint8 (H, W, 3), black over violet and orange to white."""
+    stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 200]])
+    table = [np.interp(np.linspace(0, 4, 256), np.arange(5), stops[:, c]) for c in range(3)]
+    index = (np.asarray(x, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    return np.stack(table, -1).astype(np.uint8)[index]
+
+
+def outline(img, mask, colour=(0, 255, 160)):
+    """Draw the border of mask (H, W) bool on img uint8 (H, W, 3); returns a new array."""
+    m = torch.as_tensor(mask).float()[None, None]
+    edge = (F.max_pool2d(m, 3, 1, 1) != m)[0, 0].numpy()
+    return np.where(edge[..., None], np.array(colour, dtype=np.uint8), img)
+
+
+def save_png(pixels, path):
+    """Write an array uint8 (H, W) or (H, W, 3), or a sheet, as PNG; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path)
+
+
+def draw_sheet(titles, rows, path, side=128):
+    """Write a picture of pictures: rows of (label, [(uint8 (H, W, 3) or None, caption), ...]).
+
+    titles stand over the columns; side: about how wide a picture is drawn, in pixels.
+    """
+    height, width = rows[0][1][0][0].shape[:2]
+    scale = max(1, round(side / width))  # by whole numbers, so that pixels stay pixels
+    w, h, top, bar = width * scale + 4, height * scale + 16, 16, 58
+    sheet = Image.new("RGB", (bar + w * len(titles), top + h * len(rows)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for c, text in enumerate(titles):
+        pen.text((bar + c * w + 2, 1), text, "black", font=font)
+    for y, (label, tiles) in zip(range(top, sheet.height, h), rows, strict=True):
+        pen.text((2, y + 4), label, "black", font=font)
+        for x, (tile, caption) in zip(range(bar, sheet.width, w), tiles, strict=True):
+            if tile is not None:
+                sheet.paste(Image.fromarray(tile).resize((w - 4, h - 16), 0), (x, y))
+            pen.text((x + 2, y + h - 16), caption[: w // 6], "black", font=font)
+    save_png(sheet, path)
+
+
+class Photo(NamedTuple):
+    """An image to predict on, as it is and as the network gets it."""
+
+    path: Path
+    name: str  # unique among the images: for the names of files
+    img: torch.Tensor  # uint8 (3, h, w)
+    small: torch.Tensor  # uint8 (3, H, W): mirrored at its borders to the shape, then resized
+
+
+def images_to_predict(paths, size):
+    """Read images, and those in folders and their folders, for a network of size (H, W): Photos.
+
+    A file that cannot be used does not stop the others: one DataError, a line each, comes last.
+    """
+    files, errors, names = [], [], set()
+    for path in map(Path, paths):
+        found = sorted(p for p in path.rglob("*") if is_image(p)) if path.is_dir() else [path]
+        errors += [] if found else [f"--predict {path}: no image in this folder"]
+        files += found
+    for path in tqdm(files, "predict", unit="image", disable=None):
+        try:
+            img, small = read_image(path), read_image(path, size, pad=True)
+            if min(img.shape[1:]) < 8:
+                raise DataError(f"{path}: {img.shape[2]} x {img.shape[1]} px, smaller than 8 x 8")
+        except DataError as error:
+            errors.append(str(error))
+        else:
+            same = (f"_{k}" for k in range(2, len(files) + 2))
+            name = next(n for n in (path.stem, *(path.stem + s for s in same)) if n not in names)
+            names.add(name)
+            yield Photo(path, name, img, small)
+    if errors:
+        raise DataError("\n".join(errors))
+
+
+def padded(h, w, size):
+    """Sides (H, W) and offsets (top, left) of an h x w image padded to the shape of size."""
+    sides = max(h, math.ceil(w * size[0] / size[1])), max(w, math.ceil(h * size[1] / size[0]))
+    return sides, ((sides[0] - h) // 2, (sides[1] - w) // 2)
+
+
+def enlarge(x, photo):
+    """Bring maps x, float (N, H, W) at the network's size, to the photo's own pixels (N, h, w)."""
+    h, w = photo.img.shape[1:]
+    sides, (top, left) = padded(h, w, x.shape[1:])
+    return F.interpolate(x[None], sides, mode="bilinear")[0, :, top : top + h, left : left + w]
+
+
+# ==================================================================================================
+# 4. Reading image files
+# ==================================================================================================
+
+
+def is_image(path):
+    """Whether a path is named like an image file and not hidden (._photo.jpg is no photo)."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
+
+
+def _open(path, size=None, paper="white"):
+    """Open an image upright, transparency laid on paper; size lets JPEGs be decoded smaller."""
+    try:
+        with Image.open(path) as img:
             if img.width * img.height > MAX_PIXELS:
                 raise ValueError(f"{img.width} x {img.height} px; the limit is {MAX_PIXELS:,} px")
-            turn, twin_turn = (x.getexif().get(0x0112, 1) for x in (img, other))
-            turn = twin_turn if turn == 1 and img.size == other.size else turn
-            a, b = img.size[:: -1 if turn > 4 else 1], other.size[:: -1 if twin_turn > 4 else 1]
-            if a != b:
-                raise ValueError(
-                    f"its size {a} differs from that of its image {other.filename}, {b}"
-                )
             if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
                 img.draft(None, (max(size), max(size)))
+            img = ImageOps.exif_transpose(img)
             if img.mode[0] in "IF":  # 16 or 32 bits: to 8 by the range; a mask's is its brightest
                 grey = np.nan_to_num(np.asarray(img, np.float32)).clip(0)
                 top = 65535 if img.mode[0] == "I" and paper == "white" else 1e-9
@@ -73,69 +359,109 @@ def _open(path, size=None, twin=None, paper="white"):
             elif img.has_transparency_data:
                 img = img.convert("RGBA")
                 img = Image.alpha_composite(Image.new("RGBA", img.size, paper), img)
-            img.load()
-            return img.transpose(EXIF_TURN[turn]) if turn in EXIF_TURN else img
+            return img.convert("RGB")
     except Exception as error:  # Pillow's readers raise all kinds
         raise DataError(f"{path}: cannot be used ({error}); replace or remove it") from error
 
 
-def read_image(path, size=None):
+def read_image(path, size=None, pad=False):
     """Read any image file as uint8 (3, H, W); size = (H, W) resizes it, antialiased.
+
     Converts grey, palette, CMYK, 16-bit and transparent (on white) images, applies EXIF rotation.
+    pad: mirror the image at its borders to the shape of size first, instead of squeezing it.
     Raises DataError if the file is unreadable, truncated or above MAX_PIXELS.
     """
-    img = _open(path, size).convert("RGB")
-    img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC) if size else img
+    img = _open(path, size)
+    if pad:
+        sides, (top, left) = padded(img.height, img.width, size)
+        margins = (top, sides[0] - img.height - top), (left, sides[1] - img.width - left), (0, 0)
+        img = Image.fromarray(np.pad(np.asarray(img), margins, "symmetric"))
+    if size:
+        img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-def read_mask(path, size=None, exif_from=None):
+def read_mask(path, image, size=None):
     """Read a mask file as uint8 (1, H, W) in {0, 1}; size = (H, W) resizes by area, then at half.
-    Levels count relative to the brightest: 0/1, 0/255 and anti-aliased masks are fine. DataError if
-    the brightest is 2..31 (class labels), over 10 % of the pixels lie within 10..90 % of it, or
-    over 1 % do so in flat 2 x 2 patches (a third class). exif_from: the image; a mask without EXIF
-    rotation, of the image's stored size, is rotated as the image is; upright sizes must agree.
+
+    Two values on black: 0/1, 0/255, one colour, a palette and anti-aliased edges are fine. A mask
+    without EXIF rotation, of the stored size of its image, is rotated as the image is. DataError
+    if there are more values (class labels), the sizes differ, or both ways to rotate it would fit.
     """
-    grey = np.asarray(_open(path, twin=exif_from, paper="black").convert("L"))
-    top = float(grey.max())
-    mid = (grey > 0.1 * top) & (grey < 0.9 * top)
-    flat = mid[1:, 1:] & (grey[1:, 1:] == grey[:-1, 1:]) & (grey[1:, 1:] == grey[1:, :-1])
-    if 2 <= top < 32 or mid.mean() > 0.1 or flat.sum() > 0.01 * grey.size:
+    mask = _turn_like(path, image)
+    rgb = np.asarray(mask)  # (H, W, 3)
+    level = rgb.max(2)  # so that a pure colour counts as much as white
+    top = float(level.max())
+    mid = (level > 0.1 * top) & (level < 0.9 * top)
+    flat = mid[1:, 1:] & (level[1:, 1:] == level[:-1, 1:]) & (level[1:, 1:] == level[1:, :-1])
+    on = rgb[level >= 0.9 * top].astype(np.float32)  # (N, 3)
+    on = on[:: len(on) // 10_000 + 1]  # a sample will do
+    colours = (np.abs(on - np.median(on, 0)) > 0.2 * top).any(1)
+    # Class labels are small numbers; a third class is a flat grey or another colour.
+    labels, third = 2 <= top < 32, flat.sum() > 0.01 * level.size or colours.mean() > 0.01
+    if labels or third or mid.mean() > 0.1:
         raise DataError(f"{path}: a mask with more than two values; save it as 0 and 255")
-    img = Image.fromarray((grey > top / 2).astype(np.uint8) * 255)
+    img = Image.fromarray((level > top / 2).astype(np.uint8) * 255)
     img = img.resize((size[1], size[0]), Image.Resampling.BOX) if size else img
     return torch.from_numpy((np.asarray(img) >= 128).astype(np.uint8))[None]  # (1, H, W)
 
 
-def _store(key, sources, decode, root, workers=8):
-    """Decode sources (tuples of arguments) in threads, or load their cache; a list of tensors.
-    decode returns a tuple of tensors, stacked to (len(sources), ...). The cache, one file
-    `<root>/.cache/<key>.pt`, counts while the (path, bytes, mtime) of all sources are as they were.
+def _turn_like(path, image):
+    """Open the mask at path upright; see read_mask."""
+    mask, stored, turn = _open(path, paper="black"), [], []
+    for file in (path, image):
+        with Image.open(file) as img:
+            stored.append(img.size)
+            turn.append(img.getexif().get(0x0112, 1))  # EXIF orientation; 5 to 8 swap the sides
+    upright = stored[1][::-1] if turn[1] > 4 else stored[1]
+    if turn[0] == 1 < turn[1] and mask.size == stored[1]:
+        if stored[1] == upright:
+            why = "is turned by EXIF, the mask may or may not be; save both upright"
+            raise DataError(f"{path}: its image {image} {why}")
+        mask.getexif()[0x0112] = turn[1]
+        mask = ImageOps.exif_transpose(mask)
+    if mask.size != upright:
+        why = f"its size {mask.size} differs from that of its image {image}, {upright}"
+        raise DataError(f"{path}: {why}")
+    return mask
+
+
+# ==================================================================================================
+# 5. Data sets
+# ==================================================================================================
+
+
+def _listing(paths, root):
+    """What tells whether files changed: [path relative to root, bytes, time of change] of each."""
+    stats = [(os.path.relpath(path, root), path.stat()) for path in paths]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _store(key, sources, decode, root, workers):
+    """Decode sources (tuples of paths) in threads, or load their cache: tensor (len(sources), ...).
+
+    The cache, one file `<root>/.cache/<key>.pt`, counts while all files are as they were.
     """
-    cache, listing, columns = Path(root, ".cache", f"{key}.pt"), [], []
-    for item in (item for source in sources for item in source):
-        stat = item.stat() if isinstance(item, Path) else None  # else it is a label
-        listing.append([str(item), stat and stat.st_size, stat and stat.st_mtime_ns])
+    cache, stacked = Path(root, ".cache", f"{key}.pt"), None
+    listing = [CACHE_FORMAT, *_listing((path for paths in sources for path in paths), root)]
     with contextlib.suppress(Exception):  # none there, or broken (torch raises all kinds): build it
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["listing"] == listing:
-            return saved["columns"]
+            return saved["stacked"]
     with ThreadPoolExecutor(workers) as pool:
-        rows = pool.map(lambda source: decode(*source), sources)
-        for i, row in enumerate(tqdm(rows, f"decoding {key}", len(sources), unit="image")):
-            columns = columns or [x.new_empty(len(sources), *x.shape) for x in row]
-            for column, x in zip(columns, row, strict=True):
-                column[i] = x
+        decoded = pool.map(lambda paths: decode(*paths), sources)
+        for i, x in enumerate(tqdm(decoded, f"decoding {key}", len(sources), unit="image")):
+            stacked = x.new_empty(len(sources), *x.shape) if stacked is None else stacked
+            stacked[i] = x
     temp = cache.with_name(f"{key}.{os.getpid()}")
     try:
         cache.parent.mkdir(exist_ok=True)
-        torch.save({"listing": listing, "columns": columns}, temp)
+        torch.save({"listing": listing, "stacked": stacked}, temp)
         os.replace(temp, cache)
     except (OSError, RuntimeError) as error:  # a read-only place, a full disk
         print(f"warning: no cache, {cache}: {error}; it decodes again next time", file=sys.stderr)
-        if temp.is_file():
-            temp.unlink()
-    return columns
+        temp.unlink(missing_ok=True)
+    return stacked
 
 
 @dataclass
@@ -145,6 +471,7 @@ class SegmentationSet:
     ids: list[str]
     images: torch.Tensor  # uint8 (N, 3, H, W)
     masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if the masks were not read
+    listing: str  # fingerprint of the files
 
     def __len__(self):
         return len(self.ids)
@@ -152,98 +479,297 @@ class SegmentationSet:
 
 def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
     """Load a split of isic2018 | folder | synthetic at size = (H, W) as a SegmentationSet.
-    limit: the first n images only. images_only: no mask is opened or looked for, R = 0. workers:
-    threads that decode. Raises DataError for bad data, also if there are fewer than limit images.
+
+    limit: at most the first n images. images_only: no mask is opened or looked for, R = 0.
+    workers: threads that decode. Raises DataError for bad data.
     """
     root = Path(root)
     if name == "synthetic":
-        sources = [(f"{name}_{split}_{i:04d}",) for i in range(SYNTHETIC_COUNTS[split])]
-    elif root.is_dir() or (name, root) == ("isic2018", Path("data")):
-        sources = _pairs(name, root, split, images_only)
-    else:  # also for isic2018: a typo must not start a download of 13 GB
+        n = min(limit or math.inf, SYNTHETIC_COUNTS[split])
+        images, masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
+        ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
+        masks = masks[:, : 0 if images_only else None]
+        return SegmentationSet(name, split, ids, images, masks, fingerprint(ids, size))
+    if not root.is_dir() and (name, root) != ("isic2018", Path("data")):
+        # also for isic2018: a typo must not start a download of 13 GB
         raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
-    n = len(sources) if limit is None else limit
-    if not 1 <= n <= len(sources):
-        raise DataError(
-            f"{name} {split} in {root} has {len(sources)} images, not {n}; ask for fewer"
-        )
+    sources = _pairs(name, root, split, [] if images_only else None)[:limit]
 
-    def decode(image, *mask):
-        return read_image(image, size), *(read_mask(m, size, exif_from=image) for m in mask)
+    def decode(image, *masks):
+        return torch.cat([read_mask(path, image, size) for path in masks])  # (R, H, W)
 
-    if name == "synthetic":
-        images, *masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
-    else:
-        key = f"{name}-{split}-{size[1]}x{size[0]}-{n}{'-images' * images_only}"
-        images, *masks = _store(key, sources[:n], decode, root, workers)
-    masks = images.new_empty(n, 0, *size) if images_only else masks[0]
-    return SegmentationSet(name, split, [Path(s[0]).stem for s in sources[:n]], images, masks)
+    n, key = len(sources), f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}"
+    first = [(image,) for image, *_ in sources]
+    images = _store(f"{key}-images", first, lambda path: read_image(path, size), root, workers)
+    masks = images.new_empty(n, 0, *size)
+    if not images_only:
+        masks = _store(f"{key}-masks", sources, decode, root, workers)
+    listing = fingerprint(_listing((path for paths in sources for path in paths), root))
+    return SegmentationSet(name, split, [s[0].stem for s in sources], images, masks, listing)
 
 
 def load_mask(name, root, split, stem, size):
     """Load the mask of one image as bool (1, H, W) and open no other, for who may see only that.
-    name: isic2018 | folder. Raises DataError if it is missing, broken or empty.
+
+    name: isic2018 | folder; of several raters it is the majority. Raises DataError if it is
+    missing, broken or empty.
     """
-    pairs = _pairs(name, Path(root), split, images_only=True)
-    image = next(path for (path,) in pairs if path.stem == stem)
-    folder = image.parent.with_name("masks")
-    if name == "isic2018":
-        folder = image.parent.with_name(f"ISIC2018_Task1_{ISIC_SPLITS[split]}_GroundTruth")
-        if not folder.is_dir():  # comes whole
-            _fetch(f"{ISIC_URL}/{folder.name}.zip", folder, "of which one mask is read")
-    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-    found = [p for p in files if p.stem.removesuffix("_segmentation") == stem and p.name[0] != "."]
-    if not found:
-        raise DataError(f"{folder}: no mask of {stem}; add it or name another image")
-    mask = read_mask(found[0], size, exif_from=image).bool()
+    pairs = _pairs(name, Path(root), split, [stem])
+    image, *paths = next(paths for paths in pairs if paths[0].stem == stem)
+    masks = torch.stack([read_mask(path, image, size) for path in paths])  # (R, 1, H, W)
+    mask = masks.float().mean(0) >= 0.5
     if not mask.any():
-        raise DataError(f"{found[0]}: this mask is empty; name another image")
+        raise DataError(f"{paths[0]}: this mask is empty; name another image")
     return mask
 
 
-def _pairs(name, root, split, images_only):
-    """[(image, mask)] paths sorted by stem, [(image,)] if images_only; fetches missing ISIC parts.
-    folder: <root>/<split>/{images,masks}; without val, a tenth of train; without splits, 80/10/10.
+def _pairs(name, root, split, masked=None):
+    """[(image, mask of each rater)] paths sorted by stem; only those in masked get any, None: all.
+
+    folder: <root>/<split>/{images,masks}, for several raters masks_1, masks_2 ...; without val, a
+    tenth of train; without splits, 80/10/10. isic2018: the official folders, fetched if missing.
     """
     drawn = []  # the splits to draw
     if name == "isic2018":
         kind = ISIC_SPLITS[split]
-        folders = [f"ISIC2018_Task1-2_{kind}_Input", f"ISIC2018_Task1_{kind}_GroundTruth"]
-        folders = [root / f if (root / f).is_dir() else root / "isic2018" / f for f in folders]
+        folder = root / f"ISIC2018_Task1-2_{kind}_Input"
+        folder = folder if folder.is_dir() else root / "isic2018" / folder.name
+        raters = [folder.with_name(f"ISIC2018_Task1_{kind}_GroundTruth")]
+        for part in [folder] if masked == [] else [folder, *raters]:
+            _fetch(f"{ISIC_URL}/{part.name}.zip", part, "all of ISIC 2018 Task 1: 13 GB")
     else:
         there = [s for s in ISIC_SPLITS if (root / s).is_dir()]
         if not there or ("val" not in there and split != "test"):
             drawn = ["val"] if there else ["val", "test"]
         base = root / ("train" if drawn else split) if there else root
-        folders = [base / "images", base / "masks"]
-    found = []
-    for folder in folders[: 1 if images_only else 2]:
-        if name == "isic2018" and not folder.is_dir():
-            _fetch(f"{ISIC_URL}/{folder.name}.zip", folder, "the whole of ISIC 2018 Task 1: 13 GB")
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
-        if not files:
-            raise DataError(f"{folder}: no image file here; fill it or correct --data-root")
-        found.append({p.stem.removesuffix("_segmentation"): p for p in files})
-        for p in files:
-            if found[-1][p.stem.removesuffix("_segmentation")] != p:
-                raise DataError(f"{p}: another file here has this name too; rename or remove one")
-    for have, lack, what in ((found[0], found[-1], "mask"), (found[-1], found[0], "image")):
-        for stem in sorted(set(have) - set(lack)):
-            raise DataError(f"{have[stem]}: has no {what}; add it or remove this file")
-    pairs = [tuple(x[stem] for x in found) for stem in sorted(found[0])]
+        folder, raters = base / "images", sorted(p for p in base.glob("masks_*") if p.is_dir())
+        raters = raters or [base / "masks"]
+    images = _by_stem(folder)
+    raters = [_by_stem(rater) for rater in raters] if masked != [] else []
+    for rater in raters:
+        lack = sorted(set(images if masked is None else masked) - set(rater))
+        extra = sorted(set(rater) - set(images)) if masked is None else []
+        if lack:
+            raise DataError(f"{images[lack[0]]}: has no mask; add it or remove this file")
+        if extra:
+            raise DataError(f"{rater[extra[0]]}: has no image; add it or remove this file")
+    pairs = []
+    for stem in sorted(images):
+        wanted = masked is None or stem in masked
+        pairs.append((images[stem], *(rater[stem] for rater in raters if wanted)))
     if drawn:
         order = np.random.RandomState(SPLIT_SEED).permutation(len(pairs)).tolist()
         k = max(1, round(len(pairs) / 10))
         parts = {"val": order[:k], "test": order[k : 2 * k], "train": order[len(drawn) * k :]}
+        if not parts["train"]:
+            raise DataError(f"{folder}: {len(pairs)} images are too few to split; add some")
         pairs = [pairs[i] for i in sorted(parts[split])]
     return pairs
 
 
+def _by_stem(folder):
+    """{stem without _segmentation: path} of the image files in a folder."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        stem = path.stem.removesuffix("_segmentation")
+        if is_image(path) and stem in found:
+            raise DataError(f"{path}: another file here has this name too; rename or remove one")
+        if is_image(path):
+            found[stem] = path
+    if not found:
+        raise DataError(f"{folder}: no image file here; fill it or correct --data-root")
+    return found
+
+
+def augment(images, masks):
+    """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
+
+    images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W) in {0, 1}, sampled nearest.
+    The random numbers are drawn on the CPU, so that a resumed run repeats them on any device.
+    """
+    b, _, h, w = images.shape
+    z = (2 * torch.rand(b, 11) - 1).to(images.device)  # (B, 11) in [-1, 1]
+    cos, sin = torch.cos(0.26 * z[:, 0]), torch.sin(0.26 * z[:, 0])  # up to 15 degrees
+    affine = [cos, -sin * h / w, 0.1 * z[:, 4], sin * w / h, cos, 0.1 * z[:, 5]]
+    affine = torch.stack(affine, 1).view(b, 2, 3)
+    flip = torch.where(z[:, 2:4] < 0, -1, 1)
+    affine[:, :, :2] *= (flip * torch.exp(0.15 * z[:, 1:2]))[:, :, None]
+    grid = F.affine_grid(affine, (b, 1, h, w), align_corners=False)  # (B, H, W, 2)
+    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
+    masks = F.grid_sample(masks, grid, "nearest", "reflection", align_corners=False)
+    mean, contrast = images.mean((1, 2, 3), keepdim=True), 1 + 0.15 * z[:, 6].view(b, 1, 1, 1)
+    tint = (0.1 * z[:, 7:8] + 0.04 * z[:, 8:11])[:, :, None, None]  # (B, 3, 1, 1)
+    return (mean + (images - mean) * contrast + tint).clamp(0, 1), masks
+
+
+@dataclass
+class ClassificationSet:
+    name: str
+    split: str
+    ids: list[str]  # paths relative to the root
+    images: torch.Tensor  # uint8 (N, 3, H, W)
+    labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1
+    classes: list[str]
+    listing: str  # fingerprint of the files and labels
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def load_classification(name, root, split, size, limit=None, workers=8):
+    """Load "train" or "test" at size = (H, W), whatever the image's shape, as a ClassificationSet.
+
+    name: synthetic | folder | cub200 | cars | aircraft | flowers102 | pets. limit: about so many
+    images, evenly spaced in the list. Raises DataError for bad data and failed downloads.
+    """
+    root = Path(root)
+    if name == "synthetic":
+        n = BIRDS_COUNTS[split]
+        images, labels = synthetic_birds(n, size, seed=n)
+        step = max(1, n // (limit or n))
+        ids = [f"{split}_{i:04d}" for i in range(0, n, step)]
+        images, labels, listing = images[::step], labels[::step], fingerprint(ids, size)
+        return ClassificationSet(name, split, ids, images, labels, BIRD_CLASSES, listing)
+    if not root.is_dir() and root != Path("data"):  # a typo must not start a download
+        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
+    sources, classes = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)(
+        name, root, split
+    )
+    if len(classes) < 2:
+        raise DataError(f"{name} in {root}: only one class, {classes[0]}; at least two are needed")
+    sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
+    paths, labels = zip(*sources, strict=True)
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
+    one = [(path,) for path in paths]
+    images = _store(key, one, lambda path: read_image(path, size), root, workers)
+    ids = [os.path.relpath(path, root) for path in paths]
+    listing = fingerprint(_listing(paths, root), labels, classes)
+    return ClassificationSet(name, split, ids, images, torch.tensor(labels), classes, listing)
+
+
+def _class_folders(name, root, split):
+    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty."""
+    parts = {}
+    for part in ("train", split):
+        if not (root / part).is_dir():
+            raise DataError(f"{root / part}: this folder does not exist; it holds a folder a class")
+        folders = sorted(p.name for p in (root / part).iterdir() if p.is_dir())
+        parts[part] = [name for name in folders if name[0] != "."]
+    classes = parts["train"]
+    for odd in sorted(set(classes) ^ set(parts[split])):
+        raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
+    if not classes:
+        raise DataError(f"{root / 'train'}: no class folder here; give each class a folder")
+    sources = []
+    for label, c in enumerate(classes):
+        files = sorted(p for p in (root / split / c).iterdir() if is_image(p))
+        if not files:
+            raise DataError(f"{root / split / c}: a class with no image; fill or remove the folder")
+        sources += [(path, label) for path in files]
+    return sources, classes
+
+
+def _cub200(name, root, split):
+    """[(path, label)] and class names of CUB-200-2011 with its official split; fetches it first."""
+    folder = root / "CUB_200_2011"
+    _fetch(f"{CUB_URL}/CUB_200_2011.tgz", folder, "1.2 GB")
+
+    def column(file):
+        return [line.split(maxsplit=1)[1] for line in (folder / file).read_text().splitlines()]
+
+    columns = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
+    wanted = {"train": "1", "test": "0"}[split]
+    rows = [row for row in zip(*columns, strict=True) if row[2] == wanted]
+    sources = [(folder / "images" / path, int(c) - 1) for path, c, _ in rows]
+    return sources, [c.split(".")[-1].replace("_", " ") for c in column("classes.txt")]
+
+
+def _torchvision(name, root, split):
+    """[(path, label)] and class names by torchvision; flowers102 trains on its train and val."""
+    from torchvision import datasets  # here: the segmentation scripts do without it
+
+    loader, train_parts = {
+        "cars": (datasets.StanfordCars, ["train"]),
+        "aircraft": (datasets.FGVCAircraft, ["trainval"]),
+        "flowers102": (datasets.Flowers102, ["train", "val"]),
+        "pets": (datasets.OxfordIIITPet, ["trainval"]),
+    }[name]
+    todo = "check the network and run again"
+    if name == "cars":  # its address is dead
+        todo = "it cannot be downloaded any more: put cars_train/, cars_test/, devkit/ and "
+        todo += f"cars_test_annos_withlabels.mat into {root / 'stanford_cars'}"
+    try:
+        parts = train_parts if split == "train" else ["test"]
+        sets = [loader(root, split=part, download=name != "cars") for part in parts]
+    except Exception as error:  # of the network, the archive or a missing scipy: all kinds
+        raise DataError(f"{name} in {root}: {' '.join(str(error).split())}; {todo}") from error
+    sources = []
+    for part in sets:
+        if name == "cars":
+            files, labels = zip(*part._samples, strict=True)
+        else:
+            files, labels = getattr(part, "_image_files", None) or part._images, part._labels
+        sources += zip(map(Path, files), labels, strict=True)
+    n = max(label for _, label in sources) + 1
+    classes = getattr(sets[0], "classes", None)  # flowers102 has none before torchvision 0.22
+    return sources, list(classes or (f"class {k + 1}" for k in range(n)))
+
+
+def label_split(labels, fraction=None, per_class=None, seed=0):
+    """Choose the labelled images, stratified: (labelled, unlabelled) sorted int64 indices.
+
+    labels (N,) int64; either a fraction in (0, 1] of the whole, at least one image a class, or a
+    number per class. Raises DataError if a class has fewer images.
+    """
+    g, chosen, counts = torch.Generator().manual_seed(seed), [], labels.bincount()
+    take = torch.full_like(counts, per_class or 0) * (counts > 0)
+    if not per_class:  # whole numbers; what is missing to the fraction goes to the largest rests
+        share = fraction * counts.double()
+        take = torch.maximum(share.long(), (counts > 0).long())
+        missing = max(0, round(fraction * len(labels)) - int(take.sum()))
+        take[(share - take).argsort(descending=True, stable=True)[:missing]] += 1
+    for c in counts.nonzero()[:, 0].tolist():
+        mine = (labels == c).nonzero()[:, 0]
+        if take[c] > len(mine):
+            raise DataError(f"class {c} has {len(mine)} training images, not {take[c]}; label less")
+        chosen.append(mine[torch.randperm(len(mine), generator=g)[: take[c]]])
+    labelled = torch.zeros(len(labels), dtype=torch.bool)
+    labelled[torch.cat(chosen)] = True
+    return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
+
+
+# ==================================================================================================
+# 6. Download
+# ==================================================================================================
+
+
 def _fetch(url, folder, note):
-    """Download an archive, resuming what is there, and unpack it: folder is whole or absent."""
-    part, temp = folder.with_name(f"{url.split('/')[-1]}.part"), folder.with_name(f".{folder.name}")
+    """Download an archive and unpack it, if it is not there: folder is whole or absent."""
+    if folder.is_dir():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{url.split('/')[-1]}.part")
+    with open(part.with_suffix(".lock"), "w") as file:
+        _lock(file)  # two runs that need the same archive: the second waits
+        if not folder.is_dir():
+            _download(url, part, note)
+            _unpack(part, folder)
+
+
+def _lock(file):
+    """Wait until no other process holds this file; it is free again when the file is closed."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # an OSError after ten seconds
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _download(url, part, note):
+    """Download url to the file part, going on where an earlier download broke off."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     print(f"downloading {url} ({note})", file=sys.stderr)
@@ -251,7 +777,7 @@ def _fetch(url, folder, note):
         with urllib.request.urlopen(request, timeout=60) as response:
             start = start if response.status == 206 else 0  # no Range here: from the beginning
             total = start + int(response.headers.get("Content-Length", 0))
-            bar = tqdm(desc=folder.name, total=total, initial=start, unit="B", unit_scale=True)
+            bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True)
             with open(part, "ab" if start else "wb") as file, bar:
                 while chunk := response.read(1 << 20):
                     bar.update(file.write(chunk))
@@ -261,51 +787,53 @@ def _fetch(url, folder, note):
         if getattr(error, "code", 0) != 416:  # 416: the part is whole already
             todo = f"check the network and run again: it resumes from what is in {part}"
             raise DataError(f"{url}: download failed ({error}); {todo}") from error
+
+
+def _unpack(part, folder):
+    """Unpack an archive's folder of the same name and delete the archive."""
+    temp = folder.with_name(f".{folder.name}")
+    kind = "zip" if part.name.endswith(".zip.part") else "gztar"
+    # No path may leave temp: zips are safe; Python before 3.10.12 and 3.11.4 has no filter.
+    safe = {"filter": "data"} if kind == "gztar" and hasattr(tarfile, "data_filter") else {}
+    corrupt = (shutil.ReadError, gzip.BadGzipFile)  # OSErrors, but no trouble with the disk
     try:
         shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir()
-        os.replace(_unpack(part, temp), folder)
+        shutil.unpack_archive(part, temp, kind, **safe)
+        os.replace(temp / folder.name, folder)
         part.unlink()
-    except OSError as error:  # the archive is good and stays
-        raise DataError(f"{part}: cannot be unpacked ({error}); make room, run again") from error
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, corrupt):
+            todo = "make room, run again"
+            raise DataError(f"{part}: cannot be unpacked ({error}); {todo}") from error
         part.unlink()
         raise DataError(f"{part}: corrupt ({error}), now deleted; run it again") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _unpack(part, temp):
-    """Unpack a .zip's images without its folders, or a .tgz's first folder; returns the folder."""
-    if part.name.endswith(".zip.part"):
-        with zipfile.ZipFile(part) as archive:
-            if archive.testzip():
-                raise zipfile.BadZipFile(f"{archive.testzip()} is damaged")
-            for entry in archive.namelist():
-                name = Path(entry.replace("\\", "/")).name  # no folders: nothing can escape
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES and name[0] != ".":
-                    (temp / name).write_bytes(archive.read(entry))
-        return temp
-    try:
-        with gzip.open(part) as file, open(os.devnull, "wb") as nowhere:
-            shutil.copyfileobj(file, nowhere)  # to its end, where the check sum is
-        with tarfile.open(part) as archive:
-            archive.extractall(temp, filter="data")  # refuses paths that leave temp
-    except gzip.BadGzipFile as error:  # an OSError, but no trouble with the disk
-        raise tarfile.ReadError(error) from error
-    return next(path for path in sorted(temp.iterdir()) if path.is_dir())
+# ==================================================================================================
+# 7. Synthetic images
+# ==================================================================================================
 
 
-def synthetic_dermoscopy(n, size, seed, chunk=50):
+def _in_chunks(draw, n, seed, chunk):
+    """Concatenate draw(seed) of whole chunks, each with its seed, to n images: n never matters."""
+    parts = [draw(seed + 9973 * i) for i in range(0, n, chunk)]
+    return tuple(torch.cat(x)[:n] for x in zip(*parts, strict=True))
+
+
+def synthetic_dermoscopy(n, size, seed):
     """Draw images uint8 (n, 3, H, W) and four raters' masks uint8 (n, 4, H, W) in {0, 1}.
+
     Raters: tight, loose, polygonal, smooth. Skin and lesion are layers of melanin and blood that
     absorb light; over them hairs, ink, stickers, rulers; last the lamp, the lens and the sensor.
     """
-    if n > chunk:  # to bound memory; each chunk has its seed
-        rest = range(0, n, chunk)
-        parts = [synthetic_dermoscopy(min(chunk, n - i), size, seed + 9973 * i) for i in rest]
-        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
-    (h, w), g, b = size, torch.Generator().manual_seed(seed), chunk  # drawn whole: n never matters
+    return _in_chunks(lambda s: _dermoscopy(size, s, b=50), n, seed, 50)
+
+
+def _dermoscopy(size, seed, b):
+    """Draw b images (b, 3, H, W) and masks (b, 4, H, W); see synthetic_dermoscopy."""
+    (h, w), g = size, torch.Generator().manual_seed(seed)
 
     def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
         return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
@@ -383,154 +911,7 @@ def synthetic_dermoscopy(n, size, seed, chunk=50):
     corner = torch.sigmoid((far - u(1.5, 1.75)) / u(0.01, 0.06)) * (u(0, 1) < 0.3)
     img = img * light * u(0.8, 1.08) * u(0.95, 1.05, 3, 1, 1) * (1 - 0.95 * corner)
     img = img + torch.randn(img.shape, generator=g) * u(0.002, 0.012)
-    return (img[:n].clamp(0, 1) * 255).round().to(torch.uint8), masks[:n]
-
-
-def augment(images, masks, generator=None):
-    """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
-    images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W) in {0, 1}, sampled nearest.
-    The random numbers are drawn on the CPU, so that a resumed run repeats them on any device.
-    """
-    b, _, h, w = images.shape
-    z = (2 * torch.rand(b, 11, generator=generator) - 1).to(images.device)  # (B, 11) in [-1, 1]
-    cos, sin = torch.cos(0.26 * z[:, 0]), torch.sin(0.26 * z[:, 0])  # up to 15 degrees
-    affine = [cos, -sin * h / w, 0.1 * z[:, 4], sin * w / h, cos, 0.1 * z[:, 5]]
-    affine = torch.stack(affine, 1).view(b, 2, 3)
-    flip = torch.where(z[:, 2:4] < 0, -1, 1)
-    affine[:, :, :2] *= (flip * torch.exp(0.15 * z[:, 1:2]))[:, :, None]
-    grid = F.affine_grid(affine, (b, 1, h, w), align_corners=False)  # (B, H, W, 2)
-    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
-    masks = F.grid_sample(masks, grid, "nearest", "reflection", align_corners=False)
-    mean, contrast = images.mean((1, 2, 3), keepdim=True), 1 + 0.15 * z[:, 6].view(b, 1, 1, 1)
-    tint = (0.1 * z[:, 7:8] + 0.04 * z[:, 8:11])[:, :, None, None]  # (B, 3, 1, 1)
-    return (mean + (images - mean) * contrast + tint).clamp(0, 1), masks
-
-
-@dataclass
-class ClassificationSet:
-    name: str
-    split: str
-    ids: list[str]  # paths relative to the root
-    images: torch.Tensor  # uint8 (N, 3, H, W)
-    labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1
-    classes: list[str]
-
-    def __len__(self):
-        return len(self.ids)
-
-
-def load_classification(name, root, split, size, limit=None, workers=8):
-    """Load "train" or "test" at size = (H, W), whatever the image's shape, as a ClassificationSet.
-    name: synthetic | folder | cub200 | cars | aircraft | flowers102 | pets. limit: about so many
-    images, evenly spaced in the list. Raises DataError for bad data and failed downloads.
-    """
-    root = Path(root)
-    if name == "synthetic":
-        n = BIRDS_COUNTS[split]
-        images, labels = synthetic_birds(n, size, seed=n)
-        step = max(1, n // (limit or n))
-        ids = [f"{split}_{i:04d}" for i in range(0, n, step)]
-        return ClassificationSet(name, split, ids, images[::step], labels[::step], BIRD_CLASSES)
-    if not root.is_dir() and root != Path("data"):  # a typo must not start a download
-        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
-    listing = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)
-    sources, classes = listing(name, root, split)
-    if len(classes) < 2:
-        raise DataError(f"{name} in {root}: only one class, {classes[0]}; at least two are needed")
-    sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
-
-    def decode(path, label):
-        return read_image(path, size), torch.tensor(label)
-
-    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}-classes"
-    images, labels = _store(key, sources, decode, root, workers)
-    ids = [os.path.relpath(path, root) for path, _ in sources]
-    return ClassificationSet(name, split, ids, images, labels, classes)
-
-
-def _class_folders(name, root, split):
-    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty."""
-    parts = {}
-    for part in ("train", split):
-        if not (root / part).is_dir():
-            raise DataError(f"{root / part}: this folder does not exist; it holds a folder a class")
-        folders = sorted(p.name for p in (root / part).iterdir() if p.is_dir())
-        parts[part] = [name for name in folders if name[0] != "."]
-    classes = parts["train"]
-    for odd in sorted(set(classes) ^ set(parts[split])):
-        raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
-    if not classes:
-        raise DataError(f"{root / 'train'}: no class folder here; give each class a folder")
-    sources = []
-    for label, c in enumerate(classes):
-        files = sorted((root / split / c).iterdir())
-        files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
-        if not files:
-            raise DataError(f"{root / split / c}: a class with no image; fill or remove the folder")
-        sources += [(path, label) for path in files]
-    return sources, classes
-
-
-def _cub200(name, root, split):
-    """[(path, label)] and class names of CUB-200-2011 with its official split; fetches it first."""
-    folder = root / "CUB_200_2011"
-    if not folder.is_dir():
-        _fetch(f"{CUB_URL}/CUB_200_2011.tgz", folder, "1.2 GB")
-
-    def column(file):
-        return [line.split(maxsplit=1)[1] for line in (folder / file).read_text().splitlines()]
-
-    columns = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
-    wanted = {"train": "1", "test": "0"}[split]
-    rows = [row for row in zip(*columns, strict=True) if row[2] == wanted]
-    sources = [(folder / "images" / path, int(c) - 1) for path, c, _ in rows]
-    return sources, [c.split(".")[-1].replace("_", " ") for c in column("classes.txt")]
-
-
-def _torchvision(name, root, split):
-    """[(path, label)] and class names by torchvision; flowers102 trains on its train and val."""
-    from torchvision import datasets  # here: the segmentation scripts do without it
-
-    loader, train_parts = {
-        "cars": (datasets.StanfordCars, ["train"]),
-        "aircraft": (datasets.FGVCAircraft, ["trainval"]),
-        "flowers102": (datasets.Flowers102, ["train", "val"]),
-        "pets": (datasets.OxfordIIITPet, ["trainval"]),
-    }[name]
-    todo = "check the network and run again"
-    if name == "cars":  # its address is dead
-        todo = "it cannot be downloaded any more: put cars_train/, cars_test/, devkit/ and "
-        todo += f"cars_test_annos_withlabels.mat into {root / 'stanford_cars'}"
-    try:
-        parts = train_parts if split == "train" else ["test"]
-        sets = [loader(root, split=part, download=name != "cars") for part in parts]
-    except Exception as error:  # of the network, the archive or a missing scipy: all kinds
-        raise DataError(f"{name} in {root}: {' '.join(str(error).split())}; {todo}") from error
-    sources = []
-    for part in sets:
-        if name == "cars":
-            files, labels = zip(*part._samples, strict=True)
-        else:
-            files, labels = getattr(part, "_image_files", None) or part._images, part._labels
-        sources += zip(map(Path, files), labels, strict=True)
-    return sources, list(sets[0].classes)
-
-
-def label_split(labels, fraction=None, per_class=None, seed=0):
-    """Choose the labelled images, stratified: (labelled, unlabelled) sorted int64 indices.
-    labels (N,) int64; either a fraction in (0, 1], at least one image a class, or a number per
-    class. Raises DataError if a class has fewer images.
-    """
-    g, chosen = torch.Generator().manual_seed(seed), []
-    for c in labels.unique().tolist():
-        mine = (labels == c).nonzero()[:, 0]
-        k = per_class or max(1, round(fraction * len(mine)))
-        if k > len(mine):
-            raise DataError(f"class {c} has {len(mine)} training images, not {k}; label fewer")
-        chosen.append(mine[torch.randperm(len(mine), generator=g)[:k]])
-    labelled = torch.zeros(len(labels), dtype=torch.bool)
-    labelled[torch.cat(chosen)] = True
-    return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
+    return (img.clamp(0, 1) * 255).round().to(torch.uint8), masks
 
 
 # Colours of (bill, crown, wing bar, tail); two classes differ in at least two of the four parts.
@@ -544,16 +925,18 @@ BIRD_CODES = [(a, b, (a + b) % 3, (a + 2 * b) % 3) for a in range(3) for b in ra
 BIRD_CLASSES = ["bird " + "".join(map(str, code)) for code in BIRD_CODES]
 
 
-def synthetic_birds(n, size, seed, chunk=100):
+def synthetic_birds(n, size, seed):
     """Draw fine-grained birds: images uint8 (n, 3, H, W) and labels int64 (n,).
+
     Classes share one body; bill, crown, wing bar and tail, each under 5 % of the area, tell them
     apart. Pose, size, tint and background vary freely; blobs of the same colours lie about.
     """
-    if n > chunk:  # to bound memory; each chunk has its seed
-        rest = range(0, n, chunk)
-        parts = [synthetic_birds(min(chunk, n - i), size, seed + 9973 * i) for i in rest]
-        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
-    (h, w), g, b = size, torch.Generator().manual_seed(seed), chunk  # drawn whole: n never matters
+    return _in_chunks(lambda s: _birds(size, s, b=100), n, seed, 100)
+
+
+def _birds(size, seed, b):
+    """Draw b birds (b, 3, H, W) and their labels (b,); see synthetic_birds."""
+    (h, w), g = size, torch.Generator().manual_seed(seed)
 
     def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
         return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
@@ -600,4 +983,4 @@ def synthetic_birds(n, size, seed, chunk=100):
         img = img + cover * (paint - img)
     light = u(0.75, 1.1) + u(-0.15, 0.15) * x + u(-0.15, 0.15) * y
     img = img * light + torch.randn(img.shape, generator=g) * u(0.01, 0.04)
-    return (img[:n].clamp(0, 1) * 255).round().to(torch.uint8), labels[:n]
+    return (img.clamp(0, 1) * 255).round().to(torch.uint8), labels
