@@ -792,12 +792,17 @@ def _download(url, part, note):
 def _unpack(part, folder):
     """Unpack an archive's folder of the same name and delete the archive."""
     temp = folder.with_name(f".{folder.name}")
-    kind = "zip" if part.name.endswith(".zip.part") else "gztar"
-    # No path may leave temp: zips are safe; Python before 3.10.12 and 3.11.4 has no filter.
-    safe = {"filter": "data"} if kind == "gztar" and hasattr(tarfile, "data_filter") else {}
+    kind, safe = "zip" if part.name.endswith(".zip.part") else "gztar", {}
     corrupt = (shutil.ReadError, gzip.BadGzipFile)  # OSErrors, but no trouble with the disk
     try:
         shutil.rmtree(temp, ignore_errors=True)
+        if kind == "gztar":
+            with gzip.open(part) as file, open(os.devnull, "wb") as nowhere:
+                shutil.copyfileobj(
+                    file, nowhere
+                )  # tarfile overlooks damage; the check sum does not
+            if hasattr(tarfile, "data_filter"):  # not in Python before 3.10.12 and 3.11.4
+                safe["filter"] = "data"  # no path leaves temp; zip files are always unpacked so
         shutil.unpack_archive(part, temp, kind, **safe)
         os.replace(temp / folder.name, folder)
         part.unlink()

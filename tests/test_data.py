@@ -1,9 +1,17 @@
-"""data.py, segmentation: bad files, cache, pixel formats, synthetic images, download."""
+"""data.py: flags and checkpoints, bad files, caches, pixel formats, splits, download, pictures."""
 
+import argparse
+import io
+import json
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
 import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,20 +28,157 @@ NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint
 RGB = Image.new("RGB", (48, 32), (200, 80, 40))
 
 
-def save(path, array, **options):
+def save(path, pixels, turn=1):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
+    (exif := Image.Exif())[0x0112] = turn
+    img = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    img.save(path, exif=exif)
     return path
 
 
-def make_set(folder, names="abc"):
+def make_set(folder, names="abc", masks=("masks",)):
     for name, pixels in zip(names, NOISE, strict=False):
         save(folder / "images" / f"{name}.jpg", pixels)
-        save(folder / "masks" / f"{name}_segmentation.png", DISC * 255)
+        for kind in masks:
+            save(folder / kind / f"{name}_segmentation.png", DISC * 255)
+    return folder
+
+
+def class_folders(root, n=6):
+    for split in ("train", "test"):
+        for k, name in enumerate("ab"):
+            for i in range(n):
+                save(root / split / name / f"{i}.jpg", np.full((24, 20, 3), 90 * k + i, np.uint8))
+    return root
 
 
 def load(root, split="val", name="folder", **options):
     return data.load_segmentation(name, root, split, SIZE, **options)
+
+
+# ---- flags and checkpoints
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="x.py")
+    for name in ("data", "data-root", "out", "checkpoint", "device", "amp"):
+        p.add_argument(f"--{name}", default={"checkpoint": None, "device": "cpu"}.get(name, "d"))
+    for name in ("resume", "eval-only", "quick"):
+        p.add_argument(f"--{name}", action="store_true")
+    p.add_argument("--predict", nargs="+")
+    p.add_argument("--seed", type=data.whole(0), default=0)
+    p.add_argument("--size", type=data.parse_size, default="64x48")
+    p.add_argument("--lr", type=data.number(1e-9, 10), default=0.1)
+    return p
+
+
+def test_checkpoints_describe_themselves(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def flags(*argv):
+        return data.parse_flags(parser(), argv, "m")
+
+    args = flags("--lr", "3", "--size", "32x16", "--amp", "on")
+    data.fresh_folder(folder := data.run_folder("m", args))
+    assert (
+        folder == Path("d/m/d/seed0") and args.command == "python x.py --lr 3 --size 32x16 --amp on"
+    )
+    assert flags("--resume", "--lr", "5").lr == 5  # nothing to go on from: a new run
+    state = {"method": "m", "args": vars(args), "data": data.fingerprint("a")}
+    data.save_checkpoint(state, folder / "best.pt")
+    away = ("--out", "elsewhere", "--device", "cpu", "--checkpoint", str(folder / "best.pt"))
+    for given in (("--resume",), ("--eval-only",), ("--predict", "a.png", *away)):
+        found = flags(*given)
+        assert (found.lr, found.size, found.amp, found.command) == (3, (16, 32), "on", args.command)
+        for flag, value in (("--lr", "0.1"), ("--size", "64x48"), ("--amp", "off")):
+            with pytest.raises(data.DataError, match=rf"best.pt was trained with {flag} .*{value}"):
+                flags(*given, flag, value)
+    assert flags("--resume", "--quick").lr == 0.1  # a quick run has a folder of its own
+    assert data.run_folder("m", flags("--eval-only", *away)) == folder
+    with pytest.raises(data.DataError, match="training data changed"):
+        data.load_checkpoint(folder / "best.pt", "m", data.fingerprint("b"))
+    (folder / "cut.pt").write_bytes((folder / "best.pt").read_bytes()[:500])
+    for name, method, why in (
+        ("best", "n", "not of n"),
+        ("cut", "m", "cut.pt"),
+        ("no", "m", "no.pt"),
+    ):
+        with pytest.raises(data.DataError, match=why):
+            data.load_checkpoint(folder / f"{name}.pt", method)
+    for bad in (["--seed", "-1"], ["--lr", "inf"], ["--size", "7"], ["--checkpoint", "a.pt"]):
+        with pytest.raises(SystemExit, match="2"):
+            flags(*bad)
+        assert bad[0] in capsys.readouterr().err
+    with pytest.raises(argparse.ArgumentTypeError, match="take cpu"):
+        data.parse_device("tpu7")
+
+
+def test_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path, monkeypatch):
+    data.save_checkpoint({"method": "m"}, path := tmp_path / "a.pt")
+    before = path.read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"half of it")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(data.DataError, match="No space left"):
+        data.save_checkpoint({"method": "m"}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_are_lines_and_the_result_is_one_file(tmp_path, capsys):
+    for error, status in ((data.DataError("a\nb"), 2), (OSError("c"), 2), (KeyboardInterrupt, 130)):
+        with pytest.raises(SystemExit, match=str(status)), data.one_line_errors("x.py"):
+            raise error
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [f"x.py: error: {x}" for x in "abc"] and "--resume" in lines[3]
+    args = argparse.Namespace(data="d", seed=1, size=(48, 64), steps=2, device="cpu", command="c")
+    data.write_result(tmp_path / "r.json", args, "m", {"row": {"dice": 0.5}}, n_images=3)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (
+        found["size"] == "64x48" and found["rows"]["row"]["dice"] == 0.5 and found["n_images"] == 3
+    )
+    data.print_table(found["rows"], {"row": "a row"})
+    assert "a row" in capsys.readouterr().out
+
+
+def test_images_to_predict(tmp_path):
+    disc = np.stack([DISC * 255] * 3, -1)
+    photo = save(tmp_path / "in/a.jpg", disc)
+    save(tmp_path / "in/deep/a.png", np.ascontiguousarray(disc.swapaxes(0, 1)))  # upright
+    (tmp_path / "in/._a.jpg").write_text("of a Mac")
+    (tmp_path / "in/b.jpg").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "dot.png", NOISE[0][:2, :2])
+    found, paths = [], [tmp_path / x for x in ("empty", "in/b.jpg", "dot.png", "none.png")]
+    with pytest.raises(data.DataError) as error:
+        for p in data.images_to_predict([tmp_path / "empty", tmp_path / "in", *paths[2:]], SIZE):
+            found.append(p.name)
+    assert found == ["a", "a_2"]  # the good ones all come before the bad ones are named
+    for line, name in zip(str(error.value).splitlines(), paths, strict=True):
+        assert str(name) in line and "\n" not in line
+    found = list(data.images_to_predict([photo, tmp_path / "in/deep"], SIZE))
+    assert [p.name for p in found] == ["a", "a_2"]
+    assert torch.equal(found[0].small, data.read_image(photo, SIZE))  # as in training
+    for p in found:  # an upright photograph is not squeezed, and what is enlarged lies in its place
+        back = data.enlarge(p.small.float() / 255, p)
+        assert back.shape == p.img.shape and ((back > 0.5) == (p.img > 127)).float().mean() > 0.97
+
+
+def test_sheets(tmp_path):
+    picture = data.outline(NOISE[0], DISC)
+    drawn = (picture != NOISE[0]).any(2)
+    assert 40 < drawn.sum() < 120 and (picture[drawn] == (0, 255, 160)).all()
+    rows = [
+        ("one", [(picture, "a"), (None, "")]),
+        ("two", [(data.colour_map(DISC), ""), (picture, "b")]),
+    ]
+    data.draw_sheet(["left", "right"], rows, tmp_path / "new/sheet.png", side=96)
+    assert Image.open(tmp_path / "new/sheet.png").size == (58 + 2 * 100, 16 + 2 * 80)
+
+
+# ---- segmentation sets
 
 
 BAD = {  # the error's words: what happens to a sound set (r, its image x and mask y "b")
@@ -44,10 +189,21 @@ BAD = {  # the error's words: what happens to a sound set (r, its image x and ma
     r"b_segmentation.png: .*48\D+32.*\D40\D+32": lambda r, x, y: save(x, NOISE[0][:, :40]),
     "b_segmentation.png: .*than two values": lambda r, x, y: save(y, NOISE[0, ..., 0]),
     "_segmentation.png: .*two values": lambda r, x, y: save(y, DISC * 2),  # class labels
-    r"b\.jpg: (unreadable|cannot be used)": lambda r, x, y: x.write_text("hello"),
+    "b_segmentation.png: .*two values; ": lambda r, x, y: save(
+        y, np.stack([DISC * 255, DISC * (X > 16) * np.uint8(255), 0 * DISC], -1)
+    ),  # two colours
+    "b_segmentation.png: .*turned by EXIF": lambda r, x, y: save(x, NOISE[0], turn=3),
+    r"b\.jpg: cannot be used": lambda r, x, y: x.write_text("hello"),
     r"b\.(jpg|png): another": lambda r, x, y: shutil.copy(x, x.with_suffix(".png")),
     r"b\.jpg: .*truncated": lambda r, x, y: x.write_bytes(x.read_bytes()[:900]),
-    "has 3 images, .*9": lambda r, x, y: None,
+    "masks_2: no image file": lambda r, x, y: [
+        y.parent.rename(y.parent.with_name("masks_1")),
+        (r / "val/masks_2").mkdir(),
+    ],
+    "images: 2 images are too few": lambda r, x, y: [
+        shutil.rmtree(r),
+        make_set(r, "ab"),
+    ],
 }
 
 
@@ -56,38 +212,46 @@ def test_bad_data_gets_one_line(words, tmp_path):
     make_set(val := tmp_path / "root/val")
     BAD[words](tmp_path / "root", val / "images/b.jpg", val / "masks/b_segmentation.png")
     with pytest.raises(data.DataError, match=rf"\A[^\n]*{words}[^\n]*\Z"):
-        load(tmp_path / "root", limit=9 if "9" in words else None)
+        load(tmp_path / "root", split="train" if "few" in words else "val")
 
 
 def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
-    make_set(tmp_path / "val")
-    first, seen, read = load(tmp_path, workers=1), [], data.read_image
-    image = tmp_path / "val/images/b.jpg"
+    make_set(tmp_path / "set/val")
+    first, seen, read = load(tmp_path / "set", images_only=True), [], data.read_image
+    image = tmp_path / "set/val/images/b.jpg"
     assert first.ids == ["a", "b", "c"] and torch.equal(first.images[1], read(image, SIZE))
     monkeypatch.setattr(data, "read_image", lambda *a: seen.append(a) or read(*a))
-    again = load(tmp_path)
-    assert not seen and torch.equal(again.images, first.images)
-    assert torch.equal(again.masks, first.masks)
+    monkeypatch.chdir(tmp_path)
+    for root in ("set", tmp_path / "set"):  # with masks too no image is decoded twice
+        again = load(root)
+        assert not seen and torch.equal(again.images, first.images) and again.masks.any()
+    assert len(load("set", limit=2)) == len(seen) == 2  # and no more than asked for
     save(image, NOISE[7])
-    changed = load(tmp_path).images
-    assert len(seen) == 3 and not torch.equal(changed[1], first.images[1])
-    (cache,) = (tmp_path / ".cache").iterdir()
+    changed = load("set")
+    assert len(seen) == 5 and not torch.equal(changed.images[1], first.images[1])
+    assert changed.listing != again.listing
+    cache = tmp_path / "set/.cache/folder-val-24x16-3-images.pt"
     for n, corrupt in enumerate((b"", b"junk", cache.read_bytes()[:-500])):
         cache.unlink()  # not in place: the old file is still mapped
         cache.write_bytes(corrupt)
-        assert torch.equal(load(tmp_path).images, changed) and len(seen) == 6 + 3 * n
+        assert torch.equal(load("set").images, changed.images) and len(seen) == 8 + 3 * n
+    monkeypatch.setattr(data, "CACHE_FORMAT", 0)  # of another version of the code
+    assert load("set").ids and len(seen) == 17
 
 
 @pytest.mark.parametrize(("tag", "turns"), [(3, 2), (6, 1), (8, -1)])
 @pytest.mark.parametrize("kind", ["as stored", "tagged", "upright"])
 def test_exif_turns_image_and_mask_alike(kind, tag, turns, tmp_path):
-    (exif := Image.Exif())[0x0112] = tag
     stored = np.ascontiguousarray(np.rot90(DISC, turns))
-    image = save(tmp_path / "i.png", np.stack([stored * 255] * 3, -1), exif=exif)
-    pixels = DISC if kind == "upright" and tag != 3 else stored  # a half turn keeps the size
-    mask = save(tmp_path / "m.png", pixels, exif=exif if kind == "tagged" else Image.Exif())
-    y = data.read_mask(mask, exif_from=image)
-    assert (y[0].numpy() == DISC).all() and torch.equal(data.read_image(image)[:1] // 255, y)
+    image = save(tmp_path / "i.png", np.stack([stored * 255] * 3, -1), tag)
+    pixels = DISC if kind == "upright" else stored
+    mask = save(tmp_path / "m.png", pixels, tag if kind == "tagged" else 1)
+    if tag == 3 and kind != "tagged":  # a half turn keeps the size: nobody can tell
+        with pytest.raises(data.DataError, match="save both upright"):
+            data.read_mask(mask, image)
+    else:
+        y = data.read_mask(mask, image)
+        assert (y[0].numpy() == DISC).all() and torch.equal(data.read_image(image)[:1] // 255, y)
 
 
 def test_pixel_formats_and_binary_masks(tmp_path):
@@ -102,46 +266,63 @@ def test_pixel_formats_and_binary_masks(tmp_path):
         x = data.read_image(tmp_path / name, SIZE)
         assert x.dtype == torch.uint8 and x.shape == (3, *SIZE), name
         assert (x.float().mean((1, 2)) - torch.tensor(colour)).abs().max() < 4, name
-    for depth in (DISC, DISC * 255, DISC * np.uint16(65535)):
-        for size in (SIZE, (56, 40)):
-            y = data.read_mask(save(tmp_path / "m.png", depth), size)
-            assert y.shape == (1, *size) and y.unique().tolist() == [0, 1]
+    blue = np.stack([0 * DISC, 0 * DISC, DISC * 255], -1)
+    palette = Image.fromarray(DISC).convert("P")
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    for mask in (DISC, DISC * 255, DISC * np.uint16(65535), blue, palette):
+        for size in (SIZE, (56, 40), None):
+            y = data.read_mask(save(tmp_path / "m.png", mask), tmp_path / "16.png", size)
+            assert y.shape == (1, *(size or DISC.shape)) and y.unique().tolist() == [0, 1]
+    assert (y[0].numpy() == DISC).all()
 
 
 def test_augment_is_seeded_and_per_sample():
-    masks = torch.from_numpy(DISC).float().expand(8, 1, 32, 48)
-    (x, y), again, other = (
-        data.augment(masks.repeat(1, 3, 1, 1), masks, torch.Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
-    )
+    masks, results = torch.from_numpy(DISC).float().expand(8, 1, 32, 48), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(data.augment(masks.repeat(1, 3, 1, 1), masks))
+    (x, y), again, other = results
     assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(y, other[1])
     assert len({tuple(m.flatten().tolist()) for m in y}) == 8 and y.unique().tolist() == [0, 1]
     level = x.mean(1, keepdim=True)  # the image moves with its mask
     assert ((level > level.amax((2, 3), keepdim=True) / 2) == y).float().mean() > 0.97
 
 
-def test_folder_splits_and_images_only(tmp_path, monkeypatch):
-    make_set(tmp_path, letters := "abcdefghijklmnopqrst")
-    ids = {split: load(tmp_path, split).ids for split in data.SYNTHETIC_COUNTS}
-    assert [len(i) for i in ids.values()] == [16, 2, 2] and ids["val"] != list("ab")
-    assert sorted(i for part in ids.values() for i in part) == list(letters)
-    shutil.rmtree(tmp_path / "masks")
+def test_folder_splits_raters_and_images_only(tmp_path, monkeypatch):
+    make_set(tmp_path, letters := "abcdefghijklmnopqrst", ("masks_1", "masks_2"))
+    save(tmp_path / "masks_2/b_segmentation.png", DISC * 0)
+    sets = [load(tmp_path, split) for split in data.SYNTHETIC_COUNTS]
+    assert [tuple(s.masks.shape[:2]) for s in sets] == [(16, 2), (2, 2), (2, 2)]
+    assert sorted(i for s in sets for i in s.ids) == list(letters) and sets[1].ids != list("ab")
+    (where,) = (s for s in sets if "b" in s.ids)
+    assert where.masks[where.ids.index("b")].flatten(1).any(1).tolist() == [True, False]
+    for folder in ("masks_1", "masks_2"):
+        for path in (tmp_path / folder).glob("[c-z]*"):
+            path.write_text("no image")
+    mask = data.load_mask("folder", tmp_path, where.split, "b", SIZE)  # opens no other mask
+    assert torch.equal(mask[0], where.masks[where.ids.index("b"), 0].bool())
     monkeypatch.setattr(data, "read_mask", None)
-    found = load(tmp_path, images_only=True)
-    assert found.ids == ids["val"] and found.masks.shape == (2, 0, *SIZE)
+    found = load(tmp_path, "val", images_only=True)
+    assert found.ids == sets[1].ids and found.masks.shape == (2, 0, *SIZE)
 
 
-def test_synthetic():
+def test_synthetic_images():
     images, masks = data.synthetic_dermoscopy(12, (32, 40), seed=3)
-    assert images.shape == (12, 3, 32, 40) and masks.shape == (12, 4, 32, 40)
-    assert images.dtype == masks.dtype == torch.uint8 and masks.unique().tolist() == [0, 1]
-    again, other = (data.synthetic_dermoscopy(5, (32, 40), s)[0] for s in (3, 4))
-    assert torch.equal(again, images[:5]) and not torch.equal(other, images[:5])
+    assert masks.shape == (12, 4, 32, 40) and masks.unique().tolist() == [0, 1]
     for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
         a, b = masks[:, i].bool(), masks[:, j].bool()
         assert 0.5 < (a & b).sum() / (a | b).sum() < 0.99
+    birds, labels = data.synthetic_birds(12, (24, 32), seed=3)
+    assert labels.min() >= 0 and labels.max() < len(data.BIRD_CLASSES)
+    for draw, x in ((data.synthetic_dermoscopy, images), (data.synthetic_birds, birds)):
+        assert x.shape[:2] == (12, 3) and x.dtype == torch.uint8
+        again, other = (draw(5, x.shape[2:], seed)[0] for seed in (3, 4))
+        assert torch.equal(again, x[:5]) and not torch.equal(other, x[:5])
     sets = [load("-", s, "synthetic", limit=4).images for s in data.SYNTHETIC_COUNTS]
     assert len({x.sum().item() for x in sets}) == 3
+
+
+# ---- download
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -163,14 +344,16 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     make_set(tmp_path / "src")
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.log, server.mode, server.files = [], "sound", {}
         for name, kind in zip(NAMES, ("images", "masks"), strict=True):
             with zipfile.ZipFile(tmp_path / "src/z", "w") as z:
                 for p in (tmp_path / "src" / kind).iterdir():
                     z.write(p, f"{name}/{p.name}")
             server.files[f"{name}.zip"] = (tmp_path / "src/z").read_bytes()
-        monkeypatch.setattr(data, "ISIC_URL", f"http://127.0.0.1:{server.server_port}")
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(data, "ISIC_URL", server.url)
+        monkeypatch.setattr(data, "CUB_URL", server.url)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
@@ -191,7 +374,16 @@ def test_download_resumes_and_runs_once(then, tmp_path, server):
     assert found.ids == ["a", "b", "c"] and found.masks.shape == (3, 1, *SIZE)
     assert load(tmp_path, name="isic2018", limit=2).ids == ["a", "b"]
     assert server.log == [(f"{NAMES[i]}.zip", at) for i, at in ((0, 0), (0, half), (1, 0))]
-    assert sorted(p.name for p in (tmp_path / "isic2018").iterdir()) == NAMES
+    assert sorted(p.name for p in (tmp_path / "isic2018").iterdir() if p.is_dir()) == NAMES
+
+
+def test_two_processes_download_an_archive_once(tmp_path, server):
+    code = "import data, sys; data.load_segmentation('isic2018', sys.argv[1], 'val', (16, 24))"
+    env = os.environ | {"ISIC_URL": server.url}
+    command, home = [sys.executable, "-c", code, str(tmp_path)], Path(data.__file__).parent
+    runs = [subprocess.Popen(command, cwd=home, env=env, stderr=-3) for _ in range(2)]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    assert server.log == [(f"{name}.zip", 0) for name in NAMES]
 
 
 def test_404_corrupt_zip_and_whole_part(tmp_path, server):
@@ -203,14 +395,98 @@ def test_404_corrupt_zip_and_whole_part(tmp_path, server):
     server.files[zip_name], n = sound, len(server.log) + 1
     (tmp_path / "isic2018" / f"{zip_name}.part").write_bytes(sound)  # 416: it is whole already
     assert len(load(tmp_path, name="isic2018", images_only=True)) == 3 and len(server.log) == n
+    mask = data.load_mask("isic2018", tmp_path, "val", "b", SIZE)  # fetches what it needs
+    assert mask.shape == (1, *SIZE) and server.log[-1] == (f"{NAMES[1]}.zip", 0)
 
 
-def test_one_mask_is_fetched_and_opened_alone(tmp_path, server):
-    load(tmp_path, name="isic2018", images_only=True)
-    mask = data.load_mask("isic2018", tmp_path, "val", "b", SIZE)
-    assert server.log[-1] == (f"{NAMES[1]}.zip", 0)
-    for p in (tmp_path / "isic2018" / NAMES[1]).glob("[ac]*"):
-        p.write_text("no image")
-    assert torch.equal(mask, data.load_mask("isic2018", tmp_path, "val", "b", SIZE))
-    with pytest.raises(data.DataError, match="a_segmentation"):
-        data.load_mask("isic2018", tmp_path, "val", "a", SIZE)
+def cub_archive():
+    names = [f"{c}/{i}.jpg" for c in ("001.Black_footed_Albatross", "002.Crow") for i in range(3)]
+    RGB.save(picture := io.BytesIO(), "JPEG")
+    files = {f"images/{name}": picture.getvalue() for name in names}
+    files["classes.txt"] = b"1 001.Black_footed_Albatross\n2 002.Crow\n"
+    for file, column in (
+        ("images", names),
+        ("image_class_labels", [1, 1, 1, 2, 2, 2]),
+        ("train_test_split", [1, 1, 0, 1, 1, 0]),
+    ):
+        files[f"{file}.txt"] = "".join(f"{i} {x}\n" for i, x in enumerate(column, 1)).encode()
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as archive:
+        for name, body in files.items():
+            entry = tarfile.TarInfo(f"CUB_200_2011/{name}")
+            entry.size = len(body)
+            archive.addfile(entry, io.BytesIO(body))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("python", ["new", "old"])
+def test_cub200_download(python, tmp_path, server, monkeypatch):
+    sound, root = cub_archive(), tmp_path / "data"
+    root.mkdir()
+    for server.files["CUB_200_2011.tgz"] in (sound[:200] + bytes(60) + sound[260:], sound[:-900]):
+        with pytest.raises(data.DataError, match=r"corrupt.*now deleted"):
+            data.load_classification("cub200", root, "train", (16, 16))
+    if python == "old":  # without tarfile's filters, as Python 3.10.0 to 3.10.11
+        monkeypatch.delattr(tarfile, "data_filter")
+    server.files["CUB_200_2011.tgz"] = sound
+    train, test = (data.load_classification("cub200", root, s, (16, 16)) for s in ("train", "test"))
+    assert train.classes == ["Black footed Albatross", "Crow"] and len(server.log) == 3
+    assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [0, 1]
+    assert [Path(p).name for p in test.ids] == ["2.jpg", "2.jpg"]
+
+
+# ---- classification sets
+
+
+def test_label_split_is_stratified_and_seeded():
+    labels = torch.tensor([0] * 40 + [1] * 10 + [2] * 3)
+    labelled, rest = data.label_split(labels, fraction=0.1, seed=1)
+    assert labels[labelled].bincount().tolist() == [4, 1, 1]  # at least one
+    assert sorted(labelled.tolist() + rest.tolist()) == list(range(53))
+    assert torch.equal(labelled, data.label_split(labels, fraction=0.1, seed=1)[0])
+    assert not torch.equal(labelled, data.label_split(labels, fraction=0.1, seed=2)[0])
+    assert labels[data.label_split(labels, per_class=3)[0]].bincount().tolist() == [3, 3, 3]
+    with pytest.raises(data.DataError, match=r"class 2 has 3 .*not 4"):
+        data.label_split(labels, per_class=4)
+    many = torch.arange(200).repeat_interleave(30)[:5994]  # of CUB: 4.5 a class
+    counts = many[data.label_split(many, fraction=0.15)[0]].bincount()
+    assert counts.sum() == round(0.15 * 5994) and set(counts.tolist()) == {4, 5}
+
+
+BAD_CLASSES = {  # the error's words: what is done to a sound set
+    "only one class": lambda r: [shutil.rmtree(p) for p in r.glob("*/b")],
+    "train/b/0.jpg": lambda r: (r / "train/b/0.jpg").write_text("no image"),
+    "a class with no image": lambda r: [p.unlink() for p in r.glob("train/b/*")],
+    "class b is not in both": lambda r: (r / "test/b").rename(r / "b"),
+    "does not exist": lambda r: (r / "train").rename(r / "tain"),
+}
+
+
+@pytest.mark.parametrize("words", BAD_CLASSES)
+def test_bad_class_folders_get_one_line(words, tmp_path):
+    BAD_CLASSES[words](root := class_folders(tmp_path / "set"))
+    with pytest.raises(data.DataError, match=words):
+        for split in ("train", "test"):
+            data.load_classification("folder", root, split, SIZE)
+
+
+def test_class_folders_and_torchvision_sets(tmp_path, monkeypatch):
+    found = data.load_classification("folder", class_folders(tmp_path / "set"), "train", SIZE)
+    assert found.images.shape == (12, 3, *SIZE) and found.labels.tolist() == [0] * 6 + [1] * 6
+    assert found.classes == ["a", "b"] and found.ids[7] == os.path.join("train", "b", "1.jpg")
+    pets = tmp_path / "oxford-iiit-pet"
+    for name in ("Pug_1", "Bengal_2"):
+        save(pets / f"images/{name}.jpg", RGB)
+    (pets / "annotations").mkdir()
+    (pets / "annotations/trainval.txt").write_text("Bengal_2 1 1 1\nPug_1 2 2 1\n")
+    found = data.load_classification("pets", tmp_path, "train", SIZE)
+    assert found.classes == ["Bengal", "Pug"] and found.labels.tolist() == [0, 1]
+    with pytest.raises(data.DataError, match=r"cannot be downloaded any more: put .*stanford_cars"):
+        data.load_classification("cars", tmp_path, "train", SIZE)
+
+    class Flowers:  # as in torchvision 0.21: without names of its classes
+        def __init__(self, *_, **__):
+            self._image_files, self._labels = sorted(pets.glob("images/*")), [0, 1]
+
+    monkeypatch.setattr("torchvision.datasets.Flowers102", Flowers)
+    found = data.load_classification("flowers102", tmp_path, "train", SIZE)
+    assert found.classes == ["class 1", "class 2"] and found.labels.tolist() == [0, 1, 0, 1]
