@@ -155,7 +155,7 @@ def one_line_errors(script):
     try:
         yield
     except (DataError, OSError) as error:
-        for line in str(error).splitlines():
+        for line in (str(error) or repr(error)).splitlines():
             print(f"{script}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -291,7 +291,7 @@ class Photo(NamedTuple):
     path: Path
     name: str  # unique among the images: for the names of files
     img: torch.Tensor  # uint8 (3, h, w)
-    small: torch.Tensor  # uint8 (3, H, W): mirrored at its borders to the shape, then resized
+    small: torch.Tensor  # uint8 (3, H, W), squeezed to the network's size as in training
 
 
 def images_to_predict(paths, size):
@@ -306,7 +306,7 @@ def images_to_predict(paths, size):
         files += found
     for path in tqdm(files, "predict", unit="image", disable=None):
         try:
-            img, small = read_image(path), read_image(path, size, pad=True)
+            img, small = read_image(path), read_image(path, size)
             if min(img.shape[1:]) < 8:
                 raise DataError(f"{path}: {img.shape[2]} x {img.shape[1]} px, smaller than 8 x 8")
         except DataError as error:
@@ -320,17 +320,9 @@ def images_to_predict(paths, size):
         raise DataError("\n".join(errors))
 
 
-def padded(h, w, size):
-    """Sides (H, W) and offsets (top, left) of an h x w image padded to the shape of size."""
-    sides = max(h, math.ceil(w * size[0] / size[1])), max(w, math.ceil(h * size[1] / size[0]))
-    return sides, ((sides[0] - h) // 2, (sides[1] - w) // 2)
-
-
 def enlarge(x, photo):
     """Bring maps x, float (N, H, W) at the network's size, to the photo's own pixels (N, h, w)."""
-    h, w = photo.img.shape[1:]
-    sides, (top, left) = padded(h, w, x.shape[1:])
-    return F.interpolate(x[None], sides, mode="bilinear")[0, :, top : top + h, left : left + w]
+    return F.interpolate(x[None], photo.img.shape[1:], mode="bilinear")[0]
 
 
 # ==================================================================================================
@@ -364,18 +356,13 @@ def _open(path, size=None, paper="white"):
         raise DataError(f"{path}: cannot be used ({error}); replace or remove it") from error
 
 
-def read_image(path, size=None, pad=False):
-    """Read any image file as uint8 (3, H, W); size = (H, W) resizes it, antialiased.
+def read_image(path, size=None):
+    """Read any image file as uint8 (3, H, W); size = (H, W) squeezes it to that, antialiased.
 
     Converts grey, palette, CMYK, 16-bit and transparent (on white) images, applies EXIF rotation.
-    pad: mirror the image at its borders to the shape of size first, instead of squeezing it.
     Raises DataError if the file is unreadable, truncated or above MAX_PIXELS.
     """
     img = _open(path, size)
-    if pad:
-        sides, (top, left) = padded(img.height, img.width, size)
-        margins = (top, sides[0] - img.height - top), (left, sides[1] - img.width - left), (0, 0)
-        img = Image.fromarray(np.pad(np.asarray(img), margins, "symmetric"))
     if size:
         img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()  # (3, H, W)
@@ -511,9 +498,11 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
 def load_mask(name, root, split, stem, size):
     """Load the mask of one image as bool (1, H, W) and open no other, for who may see only that.
 
-    name: isic2018 | folder; of several raters it is the majority. Raises DataError if it is
-    missing, broken or empty.
+    Of several raters it is the majority. Raises DataError if it is missing, broken or empty.
     """
+    if name == "synthetic":
+        drawn = load_segmentation(name, root, split, size)
+        return drawn.masks[drawn.ids.index(stem)].float().mean(0, keepdim=True) >= 0.5
     pairs = _pairs(name, Path(root), split, [stem])
     image, *paths = next(paths for paths in pairs if paths[0].stem == stem)
     masks = torch.stack([read_mask(path, image, size) for path in paths])  # (R, 1, H, W)

@@ -161,7 +161,7 @@ def test_images_to_predict(tmp_path):
     found = list(data.images_to_predict([photo, tmp_path / "in/deep"], SIZE))
     assert [p.name for p in found] == ["a", "a_2"]
     assert torch.equal(found[0].small, data.read_image(photo, SIZE))  # as in training
-    for p in found:  # an upright photograph is not squeezed, and what is enlarged lies in its place
+    for p in found:  # what is enlarged lies in its place
         back = data.enlarge(p.small.float() / 255, p)
         assert back.shape == p.img.shape and ((back > 0.5) == (p.img > 127)).float().mean() > 0.97
 

@@ -1,0 +1,108 @@
+"""Makes the tables of README.md and docs/*.md from the records beside this file.
+
+    python docs/results/tables.py                         fills what stands between the markers
+    python docs/results/tables.py out/*/mine/seed*/result.json      prints a table of your runs
+
+A marker names its records, relative to the repository, and perhaps another mapping than "rows":
+
+    <!-- table docs/results/caudo_diff_isic2018_*.json key=pseudo_labels --> ... <!-- end -->
+    <!-- summary --> ... <!-- end -->                           README's table, from SUMMARY
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {
+    "otsu": "Otsu, green channel",
+    "unet": "U-Net, all masks",
+    "diffseg": "DiffSeg",
+    "diffseg_crf": "DiffSeg + CRF",
+    "diffseg_student": "student",
+    "diffseg_student_crf": "student + CRF",
+    "fixmatch": "FixMatch",
+    "freematch": "FreeMatch",
+    "pepl": "PEPL",
+    "cutmix": "PEPL, area weights (CutMix)",
+    "exemplar_copied": "exemplar's mask, copied",
+    "exemplar_only": "exemplar only",
+    "self_training": "self-training",
+    "caudo_diff": "Caudo-Diff",
+    "caudo_diff_crf": "Caudo-Diff + CRF",
+    "full_supervision": "full supervision",
+    "thresholded_jaccard": "thr. Jaccard",
+    "iou": "IoU",
+    "ged": "GED",
+}
+
+# README's table: method, what is labelled, set, records, (result, baseline, ceiling) and metric.
+SUMMARY = [
+    (
+        "[DiffSeg](docs/diffseg.md)",
+        "48 tagged tiles an image",
+        "skin lesions, ISIC subset",
+        "diffseg_isic2018_seed*.json",
+        ("diffseg_student_crf", "otsu", "unet"),
+        "dice",
+    ),
+]
+
+
+def mean(records, row, metric):
+    return statistics.mean(record["rows"][row][metric] for record in records)
+
+
+def load(pattern):
+    return [json.loads(path.read_text()) for path in sorted(ROOT.glob(pattern))]
+
+
+def summary():
+    """README's table: result, baseline and ceiling of each method, means over its records."""
+    lines = ["| method | you label | measured on | result | baseline | all labelled |"]
+    lines.append("| --- " * 6 + "|")
+    for method, labels, data, files, rows, metric in SUMMARY:
+        records = load(f"docs/results/{files}")
+        cells = [f"{mean(records, row, metric):.3f}" if row else "" for row in rows]
+        lines.append("| " + " | ".join([method, labels, data, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def table(files, key="rows"):
+    """A markdown table, a row a method: means over records, the first metric with its deviation."""
+    records = [json.loads(Path(file).read_text())[key] for file in files]
+    metrics = list(next(iter(records[0].values())))
+    heads = [NAMES.get(m, m.replace("_", " ")) for m in metrics]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for row in records[0]:
+        values = [[record[row][m] for record in records] for m in metrics]
+        cells = [f"{statistics.mean(v):.3f}" for v in values]
+        if len(records) > 1:
+            cells[0] += f" ± {statistics.pstdev(values[0]):.3f}"
+        lines.append(f"| {NAMES.get(row, row.replace('_', ' '))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fill(text):
+    """The text of a page with the tables between its markers made anew."""
+
+    def from_records(match):
+        files = sorted(ROOT.glob(match[1]))
+        return f"{match[0].splitlines()[0]}\n{table(files, match[2] or 'rows')}\n<!-- end -->"
+
+    pattern = r"<!-- table (\S+)(?: key=(\S+))? -->\n.*?<!-- end -->"
+    return re.sub(pattern, from_records, text, flags=re.DOTALL)
+
+
+def main(files):
+    if files:
+        print(table(files))
+    else:
+        for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+            page.write_text(fill(page.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
