@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tarfile
@@ -112,7 +113,7 @@ def parse_flags(parser, argv, method):
     args = parser.parse_args(argv)
     if args.checkpoint and not (args.eval_only or args.predict):
         parser.error("--checkpoint goes with --eval-only or --predict; to go on, take --resume")
-    args.command = " ".join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     folder = run_folder(method, args)
     path = args.checkpoint or folder / "best.pt"
     if args.resume:

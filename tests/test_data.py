@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image
 
 import data
 
+HOME = Path(data.__file__).parent
 SIZE = (16, 24)
 NAMES = [f"ISIC2018_{x}" for x in ("Task1-2_Validation_Input", "Task1_Validation_GroundTruth")]
 Y, X = np.mgrid[:32, :48]
@@ -164,6 +166,18 @@ def test_images_to_predict(tmp_path):
     for p in found:  # what is enlarged lies in its place
         back = data.enlarge(p.small.float() / 255, p)
         assert back.shape == p.img.shape and ((back > 0.5) == (p.img > 127)).float().mean() > 0.97
+
+
+def test_tables_of_all_pages_equal_the_records(tmp_path):
+    tables = runpy.run_path(str(HOME / "docs/results/tables.py"))
+    for page in (HOME / "README.md", *HOME.glob("docs/*.md")):
+        assert tables["fill"](page.read_text()) == page.read_text(), page
+    for k, dice in enumerate((0.25, 0.75)):
+        (tmp_path / f"{k}.json").write_text(
+            json.dumps({"rows": {"unet": {"dice": dice, "iou": k}}})
+        )
+    last = tables["table"](sorted(tmp_path.glob("*.json"))).splitlines()[-1]
+    assert last == "| U-Net, all masks | 0.500 ± 0.250 | 0.500 |"
 
 
 def test_sheets(tmp_path):
@@ -380,8 +394,8 @@ def test_download_resumes_and_runs_once(then, tmp_path, server):
 def test_two_processes_download_an_archive_once(tmp_path, server):
     code = "import data, sys; data.load_segmentation('isic2018', sys.argv[1], 'val', (16, 24))"
     env = os.environ | {"ISIC_URL": server.url}
-    command, home = [sys.executable, "-c", code, str(tmp_path)], Path(data.__file__).parent
-    runs = [subprocess.Popen(command, cwd=home, env=env, stderr=-3) for _ in range(2)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    runs = [subprocess.Popen(command, cwd=HOME, env=env, stderr=-3) for _ in range(2)]
     assert [run.wait(60) for run in runs] == [0, 0]
     assert server.log == [(f"{name}.zip", 0) for name in NAMES]
 

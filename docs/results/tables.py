@@ -93,7 +93,9 @@ def fill(text):
         return f"{match[0].splitlines()[0]}\n{table(files, match[2] or 'rows')}\n<!-- end -->"
 
     pattern = r"<!-- table (\S+)(?: key=(\S+))? -->\n.*?<!-- end -->"
-    return re.sub(pattern, from_records, text, flags=re.DOTALL)
+    text = re.sub(pattern, from_records, text, flags=re.DOTALL)
+    made = f"<!-- summary -->\n{summary()}\n<!-- end -->" if "<!-- summary -->" in text else ""
+    return re.sub(r"<!-- summary -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
 
 def main(files):
