@@ -19,30 +19,27 @@ threshold give other outputs, as of other annotators; where these differ the res
 
 Results: RESULTS
 
-Deviations from the paper (D), with reasons; docs/diffseg.md says more:
-D1  One conditional network instead of two: half the memory.
-D2  The lesion-free counterparts come from implantation; the paper does not say where its do.
+Deviations from the paper, with reasons (docs/diffseg.md says more):
+D1  One conditional network instead of two: half the memory. D2  The lesion-free counterparts come
+    from implantation; the paper does not say where its do.
 D3  Supervision is 48 tags an image, each of one random tile (healthy, lesion or partly lesion); the
     masks of the training set serve those tags alone. The validation split, with masks, chooses
-    checkpoints, thresholds and the row that --predict uses.
+    thresholds and the row that --predict uses.
 D4  The healthy reconstruction has a fourth channel, "blend", the presence of a lesion, known in
     implants and tagged tiles. The map is the geometric mean of it and of the difference.
-D5  Small t at inference (5..80 of 1000; 5..250 in training): maps got worse with growing t.
-D6  GED compares with annotators and counts all pairs; Dice is the mean over images.
-D7  Each output has its own threshold, evenly spread as tighter and looser annotators would draw:
+D5  Small t, 5..80 of 1000, 5..250 in training: maps got worse with growing t.
+D6  Each output has its own threshold, evenly spread as tighter and looser annotators would draw:
     outputs of one network at one threshold hardly differ. The U-Net's samples have theirs too.
-D8  The paper's CRF parameters lower Dice at this size; ours were chosen on validation.
-D9  The student is ours: tags tell the right level of a training image's map, not of a new image's.
+D7  The paper's CRF parameters lower Dice at this size; ours were chosen on validation.
+D8  The student is ours: tags tell the right level of a training image's map, not of a new image's.
 """
 
 import argparse
 import copy
-import csv
 import json
 import math
 import os
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
@@ -69,14 +66,6 @@ CRF_SXY, CRF_SRGB, CRF_WEIGHT = (
     8.0,
     2.0,
 )  # px at width 64, grey levels (ours; paper 80, 13, 10)
-ROWS = {
-    "otsu": "Otsu, green channel",
-    "unet": "U-Net, all masks",
-    "diffseg": "DiffSeg",
-    "diffseg_crf": "DiffSeg + CRF",
-    "diffseg_student": "student",
-    "diffseg_student_crf": "student + CRF",
-}
 
 # ==================================================================================================
 # 1. Command line
@@ -109,17 +98,14 @@ def parse_args(argv=None):
     add("--save-every", type=whole(1), default=200, help="steps between checkpoints")
     on_off = argparse.BooleanOptionalAction
     add("--compare", action=on_off, default=True, help="also train the supervised U-Net")
-    add("--width", type=whole(16), default=32, help="channels of the first U-Net level (ours)")
+    add("--width", type=int, default=32, choices=[16, 32, 48, 64], help="channels of the U-Nets")
     add("--outputs", type=whole(1), default=8, help="N outputs an image, 2 N network calls (ours)")
     args = p.parse_args(argv)
     if args.data != "synthetic":
         p.set_defaults(steps=1860)
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, outputs=4)
-    args = data.parse_flags(p, argv, METHOD)
-    if args.width % 16:
-        p.error(f"--width {args.width} must be a multiple of 16")
-    return args
+    return data.parse_flags(p, argv, METHOD)
 
 
 # ==================================================================================================
@@ -137,11 +123,11 @@ def add_noise(x0, t, eps):
 
 
 def diffusion_difference(x0_healthy, x0_lesion):
-    """Score (B, 1, H, W) in [0, 1] of where two reconstructions (B, 3, H, W) differ.
+    """Where two reconstructions (B, 3, H, W) differ, from min to max of an image: (B, 1, H, W).
 
     The paper subtracts pseudo-noises, eps~ = (xt - sqrt(a) x0_hat) / sqrt(1 - a) (Eq. 3, a is
-    alpha_bar_t). In eps~_lesion - eps~_healthy the noised image xt cancels; scaled by
-    sqrt(1 - a) / sqrt(a), so that its size does not depend on t, this is left. > 0: lesion darker.
+    alpha_bar_t). In eps~_lesion - eps~_healthy the noised image cancels; this is left, times
+    sqrt(1 - a) / sqrt(a): its size does not depend on t. Where it is < 0, the lesion is lighter.
     """
     d = (x0_healthy - x0_lesion).mean(1, keepdim=True).clamp(min=0)  # Eq. 4 [DiffSeg, G; scaling O]
     low, high = d.amin((1, 2, 3), keepdim=True), d.amax((1, 2, 3), keepdim=True)
@@ -149,10 +135,7 @@ def diffusion_difference(x0_healthy, x0_lesion):
 
 
 def iou_distance(a, b):
-    """1 - IoU of all pairs of masks a (B, N, H, W) and b (B, R, H, W): (B, N, R) in [0, 1].
-
-    Two empty masks have distance 0, an empty and a non-empty one have 1.
-    """
+    """1 - IoU of all pairs of masks (B, N, H, W), (B, R, H, W): (B, N, R); of two empty ones 0."""
     a, b = a.flatten(2).float(), b.flatten(2).float()
     inter = a @ b.transpose(1, 2)  # (B, N, R)
     union = a.sum(2)[:, :, None] + b.sum(2)[:, None] - inter
@@ -160,10 +143,7 @@ def iou_distance(a, b):
 
 
 def ged(samples, raters):
-    """Squared generalized energy distance of masks (B, N, H, W) and raters (B, R, H, W): (B,).
-
-    All pairs count, a mask with itself too, so that identical sets have distance 0.
-    """
+    """Squared generalized energy distance over all pairs, (B, N, H, W), (B, R, H, W) -> (B,)."""
     cross = iou_distance(samples, raters).mean((1, 2))
     within = [iou_distance(s, s).mean((1, 2)) for s in (samples, raters)]
     return 2 * cross - within[0] - within[1]  # Eq. 7 [DiffSeg, G with annotators]
@@ -210,7 +190,7 @@ def otsu_threshold(x, bins=256):
 
 
 def random_blobs(b, size):
-    """Random soft star-convex blobs (B, 1, H, W) in [0, 1], drawn from torch's CPU generator.
+    """Random soft star-convex blobs (B, 1, H, W) in [0, 1].
 
     Radius 5 to 60 % of the width, outline a Fourier series, edge from sharp to a quarter radius.
     """
@@ -270,10 +250,8 @@ class UNet(nn.Module):
         self.down, self.shrink, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, c_next in enumerate(widths):
             self.down.append(Block(c, c_next, c_emb))
-            last = level == len(widths) - 1
-            self.shrink.append(
-                nn.Identity() if last else nn.Conv2d(c_next, c_next, 3, stride=2, padding=1)
-            )
+            halve = nn.Conv2d(c_next, c_next, 3, 2, padding=1) if level < 3 else nn.Identity()
+            self.shrink.append(halve)
             c = c_next
         self.middle = Block(c, c, c_emb)
         for c_next in reversed(widths):
@@ -305,14 +283,6 @@ class UNet(nn.Module):
 # logit above its threshold: an output's mask is margin > 0, the one mask of all mean margin > 0.
 
 
-class Trained(NamedTuple):
-    """A network and its outputs' thresholds: logits, evenly spread within `spread` of `level`."""
-
-    net: nn.Module
-    level: float
-    spread: float
-
-
 def build(stage, args):
     """The network of a stage, "unet", "diffseg" or "diffseg_student", on the device."""
     net = UNet(4 if stage == "diffseg" else 1, args.width)
@@ -342,9 +312,9 @@ def consensus(masks):
 
 @torch.no_grad()
 def diffseg_maps(net, img, n, args):
-    """The n differences and the n blends, (B, n, H, W) in [0, 1], of images uint8 (B, 3, H, W).
+    """n differences and n blends, (B, n, H, W) in [0, 1], of images uint8 (B, 3, H, W).
 
-    Each has its own noise and step t, the same for every image: no image depends on its batch.
+    Each has its own noise and step t, the same for all images: so no image depends on its batch.
     """
     g = torch.Generator().manual_seed(args.seed)
     x0, differences, blends = img.to(args.device).float() / 127.5 - 1, [], []
@@ -377,15 +347,6 @@ def outputs(stage, net, img, n, args):
     return torch.logit(p, 1e-4)
 
 
-def margins(logits, level, spread):
-    """The outputs' logits (B, N, H, W) above their thresholds; > 0 is lesion."""
-    n = logits.shape[1]
-    offset = torch.linspace(-spread, spread, n) if n > 1 else torch.zeros(1)
-    # Shuffled: else outputs with more noise would always be the tighter ones.
-    offset = offset[torch.randperm(n, generator=torch.Generator().manual_seed(n))]
-    return logits - (level + offset)[:, None, None].to(logits)
-
-
 def one_mask(margin):
     """The one mask (B, 1, H, W) bool of N outputs' margins (B, N, H, W)."""
     return margin.mean(1, keepdim=True) > 0
@@ -397,30 +358,31 @@ def mask_dice(margin, raters):
 
 
 def calibrate(stage, net, val, args):
-    """Choose the level with the best Dice on validation, then the spread with the lowest GED.
+    """Thresholds (N, 1, 1) of a network's outputs, logits, chosen on the split val: evenly within
+    `spread` of `level`, the level of the best Dice, the spread of the lowest GED."""
+    n, images = args.outputs, val.images
+    logits = batched(lambda img: outputs(stage, net, img, n, args), images, size=chunk(args))
+    # Shuffled: else outputs of more noise would always be the tighter ones.
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
 
-    Returns the Trained and its Dice.
-    """
-    logits = batched(
-        lambda x: outputs(stage, net, x, args.outputs, args), val.images, size=chunk(args)
-    )
+    def thresholds(level, spread):
+        return level + torch.linspace(-spread, spread, n)[order, None, None]
 
     def mean(metric, level, spread):
-        each = batched(lambda z, y: metric(margins(z, level, spread), y), logits, val.masks)
-        return each.mean().item()
+        chosen = thresholds(level, spread)
+        return batched(lambda z, raters: metric(z - chosen, raters), logits, val.masks).mean()
 
     levels = [math.log(k / (50 - k)) for k in range(2, 49)]  # probability 0.04 to 0.96
-    level = max(levels, key=lambda x: mean(mask_dice, x, 0))
-    spreads = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    spread = min(spreads, key=lambda x: mean(lambda z, y: ged(z > 0, y), level, x))
-    return Trained(net, level, spread), mean(mask_dice, level, 0)
+    level = max(levels, key=lambda level: mean(mask_dice, level, 0))
+    spreads = [0, 0.5, 1, 1.5, 2, 3, 4, 6] if n > 1 else [0]
+    spread = min(spreads, key=lambda spread: mean(lambda z, y: ged(z > 0, y), level, spread))
+    return thresholds(level, spread)
 
 
 def crf_refine(logits, img, args):
-    """K two-label dense CRFs an image: logits (B, K, H, W), img uint8 (B, 3, H, W) -> q - 1/2.
+    """K dense CRFs an image on one lattice: logits (B, K, H, W), img uint8 (B, 3, H, W) -> q - 1/2.
 
-    Messages are linear, so with two labels the log odds alone need one, of q - (1 - q): crf.py's
-    mean field in one channel, and K of them on one lattice.
+    crf.py's mean field for two labels: messages are linear, so the log odds gain that of 2 q - 1.
     """
     width = CRF_SXY * args.size[1] / 64  # chosen for 64 x 48 pixels
     crf = DenseCRF(
@@ -442,11 +404,12 @@ def crf_integrate(margin, img, args):
 
 
 def segment(nets, img, args):
-    """Margins {row: (B, N, H, W)} of images uint8 (B, 3, H, W) by Otsu and nets {stage: Trained}."""
+    """Margins {row: (B, N, H, W)} of images uint8 (B, 3, H, W); nets {stage: (net, thresholds)}."""
     green = 1 - img[:, 1].flatten(1).float() / 255
     rows = {"otsu": (green - otsu_threshold(green)).view(len(img), 1, *img.shape[2:])}
-    for stage, (net, level, spread) in nets.items():
-        rows[stage] = margins(outputs(stage, net, img, args.outputs, args), level, spread)
+    for stage, (net, thresholds) in nets.items():
+        logits = outputs(stage, net, img, args.outputs, args)
+        rows[stage] = logits - thresholds.to(logits)
         if stage != "unet":
             rows[f"{stage}_crf"] = crf_integrate(rows[stage], img, args)
     return {row: margin.cpu() for row, margin in rows.items()}
@@ -458,10 +421,7 @@ def segment(nets, img, args):
 
 
 def evaluate(nets, split, args):
-    """Metrics {row: {metric: (n,)}} of a split's images, in chunks of which only numbers are kept.
-
-    correlation: of the ambiguity with the raters' own; ambiguity: of a whole image, over coherence.
-    """
+    """Metrics {row: {metric: (n,)}} of a split's images; of a chunk only these numbers are kept."""
     rows, n = {}, chunk(args)
     for img, raters in zip(split.images.split(n), split.masks.split(n), strict=True):
         for row, margin in segment(nets, img, args).items():
@@ -469,53 +429,60 @@ def evaluate(nets, split, args):
             values = overlap_metrics(one_mask(margin), consensus(raters))
             values["ged"] = ged(samples, raters)
             values["correlation"] = correlation(variance, ambiguity(raters))
-            lesion = samples.float().mean((1, 2, 3)).clamp(min=1e-3)  # 0 in empty masks
-            values["ambiguity"] = variance.mean((1, 2)) / lesion
+            lesion = samples.float().mean((1, 2, 3)).clamp(min=1e-3)  # it may be empty
+            values["doubt"] = variance.mean((1, 2)) / lesion  # of the image, for its size
             for metric, value in values.items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
     return {row: {m: torch.cat(v) for m, v in values.items()} for row, values in rows.items()}
 
 
-def worth_of_ambiguity(values, n_raters):
-    """Does ambiguity warn? Mean Dice of a row's less ambiguous half of the images and of the other
-    half; with several raters, the mean correlation with their own."""
-    dice = values["dice"][values["ambiguity"].argsort()]
-    half = (len(dice) + 1) // 2
-    means = {"dice_less_ambiguous": dice[:half], "dice_more_ambiguous": dice[-half:]}
-    means |= {"correlation": values["correlation"]} if n_raters > 1 else {}
-    return {metric: value.mean().item() for metric, value in means.items()}
+def summarise(rows, n_raters):
+    """The table {row: {metric: mean}} and another of what a row's ambiguity is worth: does it warn,
+    is Dice higher in the half of the images with less of it; does it correlate with the raters'?"""
+    table, worth = {}, {}
+    for row, values in rows.items():
+        dice = values["dice"][values.pop("doubt").argsort()]
+        half = (len(dice) + 1) // 2
+        warning = {"dice_less_ambiguous": dice[:half], "dice_more_ambiguous": dice[-half:]}
+        warning["correlation"] = values.pop("correlation")
+        if n_raters == 1:  # the rater does not differ from itself
+            del warning["correlation"]
+        table[row] = {metric: value.mean().item() for metric, value in values.items()}
+        worth[row] = {metric: value.mean().item() for metric, value in warning.items()}
+    del worth["otsu"]  # it has one output
+    return table, worth
 
 
 def draw_panel(nets, split, rows, args, path):
     """Write the panel of the best, median and worst images of a split by Dice of the last row."""
-    order = rows[list(rows)[-1]]["dice"].argsort(descending=True).tolist()
+    *_, last = rows
+    order = rows[last]["dice"].argsort(descending=True).tolist()
     middle = max(0, (len(split) - 1) // 2)
     places = {"best": order[:2], "median": order[middle : middle + 2], "worst": order[-2:]}
-    titles, sheet = ["image + truth", "difference"], []
+    shown = range(0, args.outputs, (args.outputs + 2) // 3)
+    titles = ["image + truth", "difference", *(f"output {k + 1}" for k in shown)]
+    titles += ["coherence", "ambiguity", "diffseg_crf", "student's", "ambiguity", "student_crf"]
+    sheet = []
     for place, i in ((place, i) for place, images in places.items() for i in images):
         img, raters = split.images[i : i + 1], split.masks[i : i + 1]
         photo, margin = img[0].permute(1, 2, 0).numpy(), segment(nets, img, args)
-        difference, _ = diffseg_maps(nets["diffseg"].net, img, args.outputs, args)
-        tiles = {"image + truth": (data.outline(photo, consensus(raters)[0, 0]), "")}
-        tiles["difference"] = (data.colour_map(difference[0].mean(0).cpu()), "")
-        for k in range(0, args.outputs, (args.outputs + 2) // 3):
-            one = margin["diffseg"][:, k : k + 1]
-            caption = f"Dice {mask_dice(one, raters).item():.2f}"
-            tiles[f"output {k + 1}"] = (data.colour_map(one[0, 0] > 0), caption)
+        difference, _ = diffseg_maps(nets["diffseg"][0], img, args.outputs, args)
+        tiles = [(data.outline(photo, consensus(raters)[0, 0]), "")]
+        tiles.append((data.colour_map(difference[0].mean(0).cpu()), ""))
+        for k in shown:
+            tiles.append((data.colour_map(margin["diffseg"][0, k] > 0), ""))
         for row in ("diffseg", "diffseg_student"):
-            samples, last = margin[row] > 0, margin[f"{row}_crf"]
-            tiles[f"{ROWS[row]}: coherence"] = (data.colour_map(samples[0].float().mean(0)), "")
-            tiles[f"{ROWS[row]}: ambiguity"] = (data.colour_map(4 * ambiguity(samples)[0]), "")
-            caption = f"Dice {mask_dice(last, raters).item():.2f}"
-            result = data.outline(photo, one_mask(last)[0, 0], (255, 230, 0))
-            tiles[ROWS[f"{row}_crf"]] = (result, caption)
-        titles = list(tiles)
-        sheet.append((f"{place}\n{split.ids[i][-7:]}", list(tiles.values())))
+            samples, crf = margin[row] > 0, margin[f"{row}_crf"]
+            tiles.append((data.colour_map(samples[0].float().mean(0)), ""))
+            tiles.append((data.colour_map(4 * ambiguity(samples)[0]), ""))
+            caption = f"Dice {mask_dice(crf, raters).item():.2f}"
+            tiles.append((data.outline(photo, one_mask(crf)[0, 0], (255, 230, 0)), caption))
+        sheet.append((f"{place}\n{split.ids[i][-7:]}", tiles))
     data.draw_sheet(titles, sheet, path)
 
 
 def predict(nets, row, args, folder):
-    """Segment --predict files by a row; an image's pictures and numbers are in its own size."""
+    """Segment --predict files by a row; pictures and numbers are in the image's own size."""
     folder.mkdir(parents=True, exist_ok=True)
     for photo in data.images_to_predict(args.predict, args.size):
         margin = segment(nets, photo.small[None], args)[row][0]  # (N, H, W)
@@ -541,11 +508,10 @@ def predict(nets, row, args, folder):
 
 
 def tag_tiles(masks, seed):
-    """Random windows of n images and the tag that a clinician would give to each.
+    """Random windows (n, K, 4), left, top, width, height, and tags (n, K) as a clinician would give
+    them: HEALTHY no lesion pixel, LESION at least 90 % lesion, MIXED between.
 
     masks: uint8 (n, R, H, W), read here and nowhere else in the training of DiffSeg and student.
-    Returns windows (n, K, 4) int64 = left, top, width, height in pixels and tags (n, K): HEALTHY no
-    lesion pixel, LESION at least 90 % lesion, MIXED between.
     """
     g, (n, _, h, w) = torch.Generator().manual_seed(seed), masks.shape
     side = 0.1 + 0.5 * torch.rand(n, TAGS, generator=g) ** 1.5  # share of the image's sides
@@ -582,9 +548,7 @@ class Batch(NamedTuple):
 
 
 class Tiles:
-    """Training images at twice the network's size, with tagged tiles; draws batches from them.
-
-    The images stay where they are, memory-mapped: only those drawn are read and moved."""
+    """Training images, memory-mapped, at twice the network's size, with tagged tiles; batches."""
 
     def __init__(self, train, args):
         self.images, self.size, self.device = train.images, args.size, args.device
@@ -594,13 +558,11 @@ class Tiles:
             raise DataError(f"{train.name}: no tile is healthy, or none mostly lesion")
 
     def known(self, i):
-        """Pixels of images i (B,) in their lesion tiles and in their healthy ones: (B, 2, 2H, 2W).
-
-        A lesion tile may be 10 % healthy: where both overlap, the healthy one is right."""
+        """Pixels of images i (B,) in lesion and in healthy tiles, {0, 1}: (B, 2, 2H, 2W)."""
         rows, columns = spans(self.windows[i].to(self.device), self.images.shape[2:])  # (B, K, .)
         tagged = torch.stack([self.tags[i] == y for y in (LESION, HEALTHY)], 1).to(rows)
         lesion, healthy = torch.einsum("btk,bkh,bkw->tbhw", tagged, rows, columns) > 0
-        return torch.stack([lesion & ~healthy, healthy], 1).float()
+        return torch.stack([lesion & ~healthy, healthy], 1).float()  # lesion tiles: 90 % are
 
     def draw(self, tag, i, k):
         """Random windows (B, k, 4) of that tag in images i (B,); whether they have any, (B,)."""
@@ -693,7 +655,7 @@ def blend_loss(logits, batch):
 
 
 def mixed_tile_loss(logits, boxes):
-    """A mixed tile nearly always holds a lesion and a healthy pixel: its maximum and minimum.
+    """Cross-entropy of each mixed tile's maximum, lesion, and minimum, healthy.
 
     logits (W, 1, H, W), boxes (W, k, H, W) bool; tiles without pixels do not count."""
     high = logits.where(boxes, -torch.inf).flatten(2).amax(2)  # (W, k)
@@ -736,10 +698,8 @@ LEVELS = torch.linspace(-6, 6, 121)  # logits that are tried as an image's level
 
 
 def fit_level(logit, windows, tags):
-    """The level at which the mask logit > level of one image (H, W) contradicts fewest of its tags.
-
-    windows (K, 4), in pixels of the image of twice the size, tags (K,). The middle, if many do.
-    """
+    """The level at which an image's mask, logit (H, W) > level, contradicts fewest of its K tags,
+    the middle one of many. windows (K, 4): in pixels of the image, twice as large."""
     h, w = logit.shape
     rows, columns = spans(windows, (2 * h, 2 * w))
     rows, columns = rows.view(-1, h, 2).mean(2), columns.view(-1, w, 2).mean(2)  # share of a pixel
@@ -778,11 +738,11 @@ def student_masks(net, tiles, args):
     return torch.cat(masks)
 
 
-def train(stage, steps, loss_function, val, mark, args, folder):
-    """Train one network, the loop of all stages; returns the best of it and the seconds it took.
+def train(stage, steps, loss_function, mark, args, folder):
+    """Train one network, the loop of all stages: returns its EMA and the seconds it took.
 
-    loss_function(net) draws a batch and returns its loss; val, the validation split, chooses
-    checkpoint and thresholds. mark: fingerprint of the data. last_*.pt holds all for --resume.
+    loss_function(net) draws a batch and returns its loss. mark: fingerprint of the data. last_*.pt,
+    written every --save-every steps, is all that --resume needs to go on exactly.
     """
     torch.manual_seed(args.seed)
     net = build(stage, args)
@@ -794,20 +754,17 @@ def train(stage, steps, loss_function, val, mark, args, folder):
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule)
     parts = {"net": net, "ema": ema, "opt": opt, "scheduler": scheduler}
-    log = [["step", "loss", "val_dice", "level", "spread"]]
-    state = {"step": 0, "seconds": 0.0, "log": log, "best": {"dice": -1.0}}
-    last, losses = folder / f"last_{stage}.pt", []
+    last, first, seconds, log = folder / f"last_{stage}.pt", 0, 0.0, []
     if args.resume and last.exists():
         saved = data.load_checkpoint(last, METHOD, mark)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        state = {name: saved[name] for name in state}
+        first, seconds, log = saved["step"], saved["seconds"], saved["log"]
         data.set_rng(saved["rng"], args.device)
-    forward = torch.compile(net) if args.compile else net
-    start, first = time.time() - state["seconds"], state["step"]
+    forward = torch.compile(net) if args.compile else net.train()
+    start, losses = time.time() - seconds, []
     bar = tqdm(range(first, steps), f"train {stage}", steps, initial=first, unit="step")
     for step in bar:
-        net.train()
         loss = loss_function(forward)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -820,20 +777,16 @@ def train(stage, steps, loss_function, val, mark, args, folder):
         scheduler.step()
         update_ema(ema, net, min(0.995, (step + 1) / (step + 11)))  # the start is soon forgotten
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            (_, level, spread), dice = calibrate(stage, ema, val, args)
-            if dice > state["best"]["dice"]:
-                best = {"dice": dice, "net": ema.state_dict(), "level": level, "spread": spread}
-                state["best"] = copy.deepcopy(best)
-            loss, losses = sum(losses) / len(losses), []
-            bar.set_postfix(loss=f"{loss:.4f}", val_dice=f"{dice:.3f}")
-            state["log"].append([step + 1, loss, dice, level, spread])
-            with open(folder / f"log_{stage}.csv", "w", newline="") as file:
-                csv.writer(file).writerows(state["log"])
-            state |= {"step": step + 1, "seconds": time.time() - start}
-            saved = {name: part.state_dict() for name, part in parts.items()}
-            saved |= {"method": METHOD, "args": vars(args), "data": mark, **state}
-            data.save_checkpoint(saved | {"rng": data.get_rng(args.device)}, last)
-    return state["best"], state["seconds"]
+            log.append([step + 1, sum(losses) / len(losses)])
+            losses, seconds = [], time.time() - start
+            bar.set_postfix(loss=f"{log[-1][1]:.4f}")
+            lines = [f"{step},{loss:.5f}\n" for step, loss in log]
+            (folder / f"log_{stage}.csv").write_text("".join(["step,loss\n", *lines]))
+            state = {"method": METHOD, "args": vars(args), "data": mark, "step": step + 1}
+            state |= {"seconds": seconds, "log": log, "rng": data.get_rng(args.device)}
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            data.save_checkpoint(state, last)
+    return ema, seconds
 
 
 # ==================================================================================================
@@ -843,67 +796,58 @@ def train(stage, steps, loss_function, val, mark, args, folder):
 
 def load(split, size, args):
     """A split at size = (H, W), with --quick its first 24 images."""
-    limit, workers = 24 if args.quick else None, args.num_workers
-    root = args.data_root
-    return data.load_segmentation(args.data, root, split, size, limit=limit, workers=workers)
-
-
-def restore(best, args):
-    """The networks {stage: Trained} from what train returned for each."""
-    nets = {}
-    for stage, saved in best.items():
-        nets[stage] = Trained(build(stage, args).eval(), saved["level"], saved["spread"])
-        nets[stage].net.load_state_dict(saved["net"])
-    return nets
+    root, limit = args.data_root, 24 if args.quick else None
+    return data.load_segmentation(args.data, root, split, size, limit, workers=args.num_workers)
 
 
 def train_all(args, folder):
-    """Train all networks, choose the row that --predict uses, and write best.pt."""
+    """Train all networks, choose their thresholds and the row for --predict; writes best.pt."""
     train_set = load("train", [2 * side for side in args.size], args)  # tiles need detail
-    val, images = load("val", args.size, args), train_set.images
+    images, val = train_set.images, load("val", args.size, args)
     mark, tiles = data.fingerprint(train_set.listing, val.listing), Tiles(train_set, args)
     if not args.resume:
         data.fresh_folder(folder)
-    best, seconds = {}, {}
+    nets, seconds = {}, {}
 
     def stage(name, steps, loss):
-        best[name], seconds[name] = train(name, steps, loss, val, mark, args, folder)
+        net, seconds[name] = train(name, steps, loss, mark, args, folder)
+        nets[name] = (net, calibrate(name, net, val, args))
 
     if args.compare:
         stage("unet", args.steps, lambda net: unet_loss(net, images, train_set.masks, args))
     stage("diffseg", args.steps, lambda net: diffseg_loss(net, tiles, args))
-    masks = student_masks(restore(best, args)["diffseg"].net, tiles, args)
-    half = max(1, args.steps // 2)
+    masks, half = student_masks(nets["diffseg"][0], tiles, args), (args.steps + 1) // 2
     stage("diffseg_student", half, lambda net: unet_loss(net, images, masks, args))
-    rows = evaluate(restore(best, args), val, args)
+    rows = evaluate(nets, val, args)
     ours = ("diffseg_crf", "diffseg_student", "diffseg_student_crf")
-    row = max(ours, key=lambda row: rows[row]["dice"].mean())
-    state = {"method": METHOD, "args": vars(args), "data": mark, "nets": best, "row": row}
-    data.save_checkpoint(state | {"seconds": seconds}, folder / "best.pt")
+    state = {"method": METHOD, "args": vars(args), "data": mark, "seconds": seconds}
+    state["row"] = max(ours, key=lambda row: rows[row]["dice"].mean())
+    state["nets"] = {name: net.state_dict() for name, (net, _) in nets.items()}
+    state["thresholds"] = {name: thresholds for name, (_, thresholds) in nets.items()}
+    data.save_checkpoint(state, folder / "best.pt")
 
 
 def run(args):
     """Train, then evaluate and draw; or predict."""
     folder = data.run_folder(METHOD, args)
-    test = None if args.predict else load("test", args.size, args)  # before hours of training
+    test = None if args.predict else load("test", args.size, args)  # bad data show before training
     if not (args.eval_only or args.predict):
         train_all(args, folder)
-    state = data.load_checkpoint(Path(args.checkpoint or folder / "best.pt"), METHOD)
-    nets, row = restore(state["nets"], args), state["row"]
+    state, nets = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD), {}
+    for stage, weights in state["nets"].items():
+        nets[stage] = (build(stage, args).eval(), state["thresholds"][stage])
+        nets[stage][0].load_state_dict(weights)
     if args.predict:
-        print(f"{ROWS[row]}, the best on validation; predictions in {folder / 'predictions'}")
+        row, folder = state["row"], folder / "predictions"
+        print(f"{row} is the best on validation; its predictions are in {folder}")
         stage = row.removesuffix("_crf")
-        return predict({stage: nets[stage]}, row, args, folder / "predictions")
+        return predict({stage: nets[stage]}, row, args, folder)
     rows = evaluate(nets, test, args)
-    table = {
-        row: {m: v.mean().item() for m, v in list(values.items())[:6]}
-        for row, values in rows.items()
-    }
-    worth = {row: worth_of_ambiguity(rows[row], test.masks.shape[1]) for row in list(rows)[1:]}
-    more = {"n_images": len(test), "seconds": state["seconds"], "predict_row": row}
-    data.write_result(folder / "result.json", args, METHOD, table, **more, ambiguity=worth)
     draw_panel(nets, test, rows, args, folder / "panel.png")
-    data.print_table(table, ROWS)
+    table, worth = summarise(rows, test.masks.shape[1])
+    more = {"n_images": len(test), "seconds": state["seconds"], "predict": state["row"]}
+    data.write_result(folder / "result.json", args, METHOD, table, **more, ambiguity=worth)
+    data.print_table(table, {})
     print(
         f"\n{len(test)} test images of {args.data}; means over images. Open {folder / 'panel.png'}"
     )
