@@ -472,13 +472,18 @@ def strong_augment(x):
     return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout: a third of the side
 
 
-def pseudo_label(method, q, tau, p, prior, args):
-    """Phase I: Target of images, not mixed, of which a network says q (B, C)."""
+def pseudo_label(method, q, tau, p, prior, done, args):
+    """Phase I: Target of images, not mixed, of which a network says q (B, C).
+
+    done in [0, 1]: share of the training that is over; at most so many labels are kept.
+    """
     if args.align and method != "supervised":
         q, p = align(q, p, prior), prior  # prior: what q is expected to be now
     confidence, y = q.max(1)
+    floor = confidence.quantile(1 - done)  # ours, see D4
     fixed = method in ("supervised", "fixmatch")
-    return Target(y, y, 1.0, 0.0, confidence >= (TAU if fixed else class_thresholds(tau, p)[y]))
+    limits = TAU if fixed else class_thresholds(tau, p)[y].maximum(floor)
+    return Target(y, y, 1.0, 0.0, confidence >= limits)
 
 
 def mix_batch(method, x, target, features, head, args):
@@ -585,14 +590,12 @@ def train(method, train_set, split, args, folder, header):
         x, semi = [strong_augment(x_l)], method != "supervised" and it.step >= semi_from
 
         if semi:
-            if it.step == semi_from:  # ours: not 1/C, see D4
-                q = classify(it.ema, images[watched], args).to(args.device)
-                it.tau, it.p = q.amax(1).mean(), q.mean(0)
             i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,)).to(args.device)]
             x_u = weak_augment(images[i])  # (mu B, 3, H, W)
             q, features = look(it.ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
             it.tau, it.p = update_thresholds(it.tau, it.p, q, BETA)
-            target_u = pseudo_label(method, q, it.tau, it.p, prior, args)
+            done = it.step / args.steps
+            target_u = pseudo_label(method, q, it.tau, it.p, prior, done, args)
             if mixes and it.step >= args.mix_start * args.steps:
                 x_u, target_u = mix_batch(method, x_u, target_u, features, it.ema.head, args)
             x.append(strong_augment(x_u))
@@ -614,7 +617,7 @@ def train(method, train_set, split, args, folder, header):
         bar.update()
         if it.step % args.save_every == 0 or it.step == args.steps:
             q = classify(it.ema, images[watched], args).to(args.device)
-            found = pseudo_label(method, q, it.tau, it.p, prior, args)
+            found = pseudo_label(method, q, it.tau, it.p, prior, it.step / args.steps, args)
             right = (found.y_a == labels[watched]).float()  # true labels: for the log alone
             shares = right.mean(), right[found.keep].sum() / found.keep.sum().clamp(min=1)
             row = [loss, *shares, found.keep.float().mean(), it.tau]
