@@ -61,11 +61,7 @@ TAGS = 48  # tagged tiles of a training image
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 T_TRAIN, T_INFER = (5, 250), (5, 80)  # ranges of t (ours)
 CRF_ROUNDS, CRF_OUTPUTS = 3, 4  # K results are averaged, each from H random outputs (paper)
-CRF_SXY, CRF_SRGB, CRF_WEIGHT = (
-    5.0,
-    8.0,
-    2.0,
-)  # px at width 64, grey levels (ours; paper 80, 13, 10)
+CRF_SXY, CRF_SRGB, CRF_WEIGHT = 5.0, 8.0, 2.0  # pixels of 64, grey levels (paper: 80, 13, 10)
 
 # ==================================================================================================
 # 1. Command line
@@ -294,12 +290,6 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
 
 
-def batched(function, *tensors, size=64):
-    """Apply function to chunks of tensors (N, ...); its outputs, concatenated on the CPU."""
-    chunks = zip(*(x.split(size) for x in tensors), strict=True)
-    return torch.cat([function(*chunk).cpu() for chunk in chunks])
-
-
 def chunk(args):
     """Images in a chunk at inference, so that memory is bounded: 64 at 64 x 48 pixels."""
     return max(1, 64 * 64 * 48 // math.prod(args.size))
@@ -360,22 +350,22 @@ def mask_dice(margin, raters):
 def calibrate(stage, net, val, args):
     """Thresholds (N, 1, 1) of a network's outputs, logits, chosen on the split val: evenly within
     `spread` of `level`, the level of the best Dice, the spread of the lowest GED."""
-    n, images = args.outputs, val.images
-    logits = batched(lambda img: outputs(stage, net, img, n, args), images, size=chunk(args))
+    n, chunks = args.outputs, val.images.split(chunk(args))
+    logits = torch.cat([outputs(stage, net, img, n, args).cpu() for img in chunks])
     # Shuffled: else outputs of more noise would always be the tighter ones.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
 
     def thresholds(level, spread):
         return level + torch.linspace(-spread, spread, n)[order, None, None]
 
-    def mean(metric, level, spread):
-        chosen = thresholds(level, spread)
-        return batched(lambda z, raters: metric(z - chosen, raters), logits, val.masks).mean()
+    def mean_dice(level):
+        return mask_dice(logits - level, val.masks).mean()
 
-    levels = [math.log(k / (50 - k)) for k in range(2, 49)]  # probability 0.04 to 0.96
-    level = max(levels, key=lambda level: mean(mask_dice, level, 0))
-    spreads = [0, 0.5, 1, 1.5, 2, 3, 4, 6] if n > 1 else [0]
-    spread = min(spreads, key=lambda spread: mean(lambda z, y: ged(z > 0, y), level, spread))
+    def mean_ged(spread):
+        return ged(logits > thresholds(level, spread), val.masks).mean()
+
+    level = max([math.log(k / (50 - k)) for k in range(2, 49)], key=mean_dice)  # at 0.04 to 0.96
+    spread = min([0, 0.5, 1, 1.5, 2, 3, 4, 6], key=mean_ged) if n > 1 else 0
     return thresholds(level, spread)
 
 
