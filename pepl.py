@@ -343,6 +343,11 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
 
 
+def stored_size(args):
+    """Images are kept at 8/7 of --size: training cuts crops of it, evaluation takes the whole."""
+    return tuple(round(n * 8 / 7) for n in args.size)
+
+
 @torch.no_grad()
 def look(net, x, args):
     """Probabilities (B, C) and features (B, K, h, w) of x (B, 3, H, W) in [0, 1]."""
@@ -381,7 +386,7 @@ def predict(args):
     net.load_state_dict(state["nets"][method])
     rows = [["file", "overlay", "prediction", *classes]]
     try:
-        for photo in data.images_to_predict(args.predict, args.size):
+        for photo in data.images_to_predict(args.predict, stored_size(args)):
             probs = classify(net, photo.small[None], args)[0]  # (C,)
             maps = class_map(net, photo.small, probs.argmax(), args)
             name = f"{photo.name}_cam.png"
@@ -408,7 +413,7 @@ def draw_mixes(net, test, guess, args, figure, n=4):
     pick = torch.cat([i[torch.linspace(0, len(i) - 1, n).long()] for i in parts])
     img = test.images[pick]
     torch.manual_seed(args.seed)
-    box1, box2 = (random_boxes(2 * n, args.size) for _ in range(2))
+    box1, box2 = (random_boxes(2 * n, img.shape[2:]) for _ in range(2))
     maps = [class_map(net, test.images[i], guess[i], args) for i in pick]
     partner, shares = torch.arange(2 * n).roll(n), percent_map(torch.stack(maps))
     mix, rho_a, rho_b = semantic_mix(img.float() / 255, shares, partner, box1, box2)
@@ -417,7 +422,7 @@ def draw_mixes(net, test, guess, args, figure, n=4):
         tiles = []
         for j, box in ((k, box1[k]), (k + n, box2[k])):
             said, true = (test.classes[y[pick[j]]] for y in (guess, test.labels))
-            boxed = data.outline(overlay(img[j], maps[j]), box_mask(box[None], args.size)[0])
+            boxed = data.outline(overlay(img[j], maps[j]), box_mask(box[None], img.shape[2:])[0])
             tiles += [(img[j].permute(1, 2, 0).numpy(), f"is {true}"), (boxed, f"says {said}")]
         mixed = (mix[k] * 255).byte().permute(1, 2, 0).numpy()
         rows.append(("", [*tiles, (mixed, f"{rho_a[k]:.2f} a + {rho_b[k]:.2f} b")]))
@@ -434,19 +439,19 @@ def uniform(n, x):
     return (2 * torch.rand(n, len(x), 1, 1, 1) - 1).to(x.device)
 
 
-def warp(x, rows):
-    """Sample x (B, 3, H, W) by the six affine coefficients rows, each (B, 1, 1, 1) or a number."""
+def warp(x, rows, size):
+    """Sample x (B, 3, H0, W0) at size (H, W); rows: six affine coefficients, (B, 1, 1, 1) or 0."""
     theta = torch.stack([torch.zeros_like(rows[0]) + r for r in rows], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, H, W, 2)
+    grid = F.affine_grid(theta, (len(x), 3, *size), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def weak_augment(images):
-    """Flip, zoom by up to a fifth and shift: uint8 (B, 3, H, W) -> float in [0, 1]."""
-    flip, zoom, right, down = uniform(4, images)
-    part = 0.9 - 0.1 * zoom  # of the image's side
-    across = torch.where(flip < 0, -part, part)
-    return warp(images.float() / 255, [across, 0, 0.1 * right, 0, part, 0.1 * down])
+def weak_augment(images, size):
+    """Random crop, scale and flip: uint8 (B, 3, H0, W0) -> float (B, 3, H, W) in [0, 1]."""
+    flip, right, down, closer = uniform(4, images)
+    part = size[0] / images.shape[2] * (1 - 0.1 * closer.abs())  # of the image's side, up to 7/8
+    across, right, down = torch.where(flip < 0, -part, part), right * (1 - part), down * (1 - part)
+    return warp(images.float() / 255, [across, 0, right, 0, part, down], size)
 
 
 def strong_augment(x):
@@ -458,7 +463,8 @@ def strong_augment(x):
     z, on = uniform(12, x), uniform(5, x) > 0
     turn, scale = 0.4 * z[0], torch.exp(0.2 * z[1])  # up to 23 degrees; 0.8 to 1.2
     cos, sin, shear = turn.cos() * scale, turn.sin() * scale, 0.2 * z[2]
-    x = warp(x, [cos, (shear - sin) * (h / w), 0.2 * z[3], sin * (w / h), cos, 0.2 * z[4]])
+    rows = [cos, (shear - sin) * (h / w), 0.2 * z[3], sin * (w / h), cos, 0.2 * z[4]]
+    x = warp(x, rows, (h, w))
     mean = x.mean((1, 2, 3), keepdim=True)
     x = torch.where(on[0], mean + (x - mean) * (1 + 0.5 * z[5]) + 0.2 * z[6], x)  # contrast, light
     grey = x.mean(1, keepdim=True)
@@ -582,7 +588,7 @@ def train(method, train_set, split, args, folder, header):
     while it.step < args.steps:
         it.net.train()
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
-        x_l = weak_augment(images[i])  # (B, 3, H, W)
+        x_l = weak_augment(images[i], args.size)  # (B, 3, H, W)
         target_l = Target(labels[i], labels[i], 1.0, 0.0, torch.ones_like(i, dtype=torch.bool))
         if mixes and args.mix_labelled:  # Eq. 8's flag
             _, features = look(it.ema, x_l, args)
@@ -591,7 +597,7 @@ def train(method, train_set, split, args, folder, header):
 
         if semi:
             i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,)).to(args.device)]
-            x_u = weak_augment(images[i])  # (mu B, 3, H, W)
+            x_u = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
             q, features = look(it.ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
             it.tau, it.p = update_thresholds(it.tau, it.p, q, BETA)
             done = it.step / args.steps
@@ -638,7 +644,7 @@ def train(method, train_set, split, args, folder, header):
 
 def load_sets(args):
     """Training images, test images and, of the former, indices (labelled, unlabelled)."""
-    more = args.size, 64 if args.quick else None, args.num_workers
+    more = stored_size(args), 64 if args.quick else None, args.num_workers
     train_set = data.load_classification(args.data, args.data_root, "train", *more)
     if args.validate:
         i, rest = data.label_split(train_set.labels, 0.2, seed=2018)

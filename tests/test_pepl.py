@@ -146,7 +146,7 @@ def test_hybrid_loss_by_hand():
 
 def test_augmentation_is_per_image():
     torch.manual_seed(0)
-    x = pepl.weak_augment(data.synthetic_birds(1, (48, 40), 0)[0].expand(8, -1, -1, -1))
+    x = pepl.weak_augment(data.synthetic_birds(1, (55, 46), 0)[0].expand(8, -1, -1, -1), (48, 40))
     for y in (x, pepl.strong_augment(x[:1].expand(8, -1, -1, -1))):
         assert y.shape == (8, 3, 48, 40) and y.min() >= 0 and y.max() <= 1
         assert len(y.flatten(1).unique(dim=0)) == 8
