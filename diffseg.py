@@ -36,7 +36,6 @@ D8  The student is ours: tags tell the right level of a training image's map, no
 
 import argparse
 import copy
-import json
 import math
 import os
 import time
@@ -56,6 +55,7 @@ from data import DataError, parse_size, whole
 
 # Equations are tagged G where the paper or its code gives them, O where they are ours.
 METHOD = "diffseg"
+METRICS = ("dice", "iou", "precision", "recall", "thresholded_jaccard", "ged")
 LESION, HEALTHY, MIXED = 0, 1, 2  # tags of a tile; the first two also condition f
 TAGS = 48  # tagged tiles of a training image
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
@@ -418,7 +418,8 @@ def evaluate(nets, split, args):
             samples, variance = margin > 0, ambiguity(margin > 0)
             values = overlap_metrics(one_mask(margin), consensus(raters))
             values["ged"] = ged(samples, raters)
-            values["correlation"] = correlation(variance, ambiguity(raters))
+            if raters.shape[1] > 1:
+                values["correlation"] = correlation(variance, ambiguity(raters))
             lesion = samples.float().mean((1, 2, 3)).clamp(min=1e-3)  # it may be empty
             values["doubt"] = variance.mean((1, 2)) / lesion  # of the image, for its size
             for metric, value in values.items():
@@ -426,21 +427,13 @@ def evaluate(nets, split, args):
     return {row: {m: torch.cat(v) for m, v in values.items()} for row, values in rows.items()}
 
 
-def summarise(rows, n_raters):
-    """The table {row: {metric: mean}} and another of what a row's ambiguity is worth: does it warn,
-    is Dice higher in the half of the images with less of it; does it correlate with the raters'?"""
-    table, worth = {}, {}
-    for row, values in rows.items():
-        dice = values["dice"][values.pop("doubt").argsort()]
-        half = (len(dice) + 1) // 2
-        warning = {"dice_less_ambiguous": dice[:half], "dice_more_ambiguous": dice[-half:]}
-        warning["correlation"] = values.pop("correlation")
-        if n_raters == 1:  # the rater does not differ from itself
-            del warning["correlation"]
-        table[row] = {metric: value.mean().item() for metric, value in values.items()}
-        worth[row] = {metric: value.mean().item() for metric, value in warning.items()}
-    del worth["otsu"]  # it has one output
-    return table, worth
+def worth_of_ambiguity(values):
+    """Is Dice higher in the half of the images of less doubt? Do raters differ where it says?"""
+    dice = values["dice"][values["doubt"].argsort()]
+    half = (len(dice) + 1) // 2
+    worth = {"dice_less_ambiguous": dice[:half], "dice_more_ambiguous": dice[-half:]}
+    worth |= {m: v for m, v in values.items() if m == "correlation"}  # of several raters only
+    return {metric: value.mean().item() for metric, value in worth.items()}
 
 
 def draw_panel(nets, split, rows, args, path):
@@ -472,8 +465,7 @@ def draw_panel(nets, split, rows, args, path):
 
 
 def predict(nets, row, args, folder):
-    """Segment --predict files by a row; pictures and numbers are in the image's own size."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Segment --predict files by a row; its pictures have the image's own size."""
     for photo in data.images_to_predict(args.predict, args.size):
         margin = segment(nets, photo.small[None], args)[row][0]  # (N, H, W)
         total = coherence = torch.zeros(photo.img.shape[1:])
@@ -481,15 +473,14 @@ def predict(nets, row, args, folder):
             z = data.enlarge(output, photo)[0]  # (h, w)
             total, coherence = total + z, coherence + (z > 0) / len(margin)
         mask, variance = total > 0, coherence * (1 - coherence)  # Eq. 6
-        overlay = data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0))
-        pictures = {"mask": mask.numpy().astype(np.uint8) * 255, "overlay": overlay}
-        pictures |= {"coherence": data.colour_map(coherence)}
-        pictures |= {"ambiguity": data.colour_map(4 * variance)}
+        pictures = {
+            "mask": mask.numpy().astype(np.uint8) * 255,
+            "overlay": data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0)),
+            "coherence": data.colour_map(coherence),
+            "ambiguity": data.colour_map(4 * variance),
+        }
         for name, pixels in pictures.items():
             data.save_png(pixels, folder / f"{photo.name}_{name}.png")
-        numbers = {"file": str(photo.path), "row": row, "lesion_share": mask.float().mean().item()}
-        numbers["ambiguity"] = (variance.sum() / coherence.sum().clamp(min=1)).item()
-        (folder / f"{photo.name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 # ==================================================================================================
@@ -833,14 +824,15 @@ def run(args):
         stage = row.removesuffix("_crf")
         return predict({stage: nets[stage]}, row, args, folder)
     rows = evaluate(nets, test, args)
-    draw_panel(nets, test, rows, args, folder / "panel.png")
-    table, worth = summarise(rows, test.masks.shape[1])
+    figure, table = folder / "figures" / "panel.png", {}
+    for row, values in rows.items():
+        table[row] = {metric: values[metric].mean().item() for metric in METRICS}
     more = {"n_images": len(test), "seconds": state["seconds"], "predict": state["row"]}
-    data.write_result(folder / "result.json", args, METHOD, table, **more, ambiguity=worth)
+    more["ambiguity"] = {row: worth_of_ambiguity(rows[row]) for row in rows if row != "otsu"}
+    draw_panel(nets, test, rows, args, figure)
+    data.write_result(folder / "result.json", args, METHOD, table, **more)
     data.print_table(table, {})
-    print(
-        f"\n{len(test)} test images of {args.data}; means over images. Open {folder / 'panel.png'}"
-    )
+    print(f"\n{len(test)} test images of {args.data}; means over images. Open {figure}")
 
 
 def main(argv=None):
