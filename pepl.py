@@ -22,10 +22,10 @@ Deviations from the paper (D), whose code is not public, with reasons; docs/pepl
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
 D2  First the mix, then the strong augmentation: map and picture agree, whatever turns the picture.
 D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
-D4  Then Eqs. 3, 4 start from their means over 512 images, not from 1/C, which keeps every label for
-    the first 100 steps; beta = 0.99, not 0.999: a thousand steps, not a hundred thousand.
+D4  Eq. 3 starts at 1/C, which would keep every label for the first 100 steps: so at most the share
+    of labels is kept of which training is over. beta = 0.99, not 0.999: our runs are shorter.
 D5  With --align, labels are aligned to the labelled images' class shares [ReMixMatch], and these
-    are the class expectations of Eq. 5: classes predicted seldom no longer get low thresholds.
+    are the class expectations of Eq. 5: classes said too seldom no longer get low thresholds.
 D6  A partner is always a kept image; images that are not kept count as 0 in the mean of Eq. 7.
 D7  FreeMatch is Eqs. 3-5 with phase I for ever, without its fairness term, which PEPL lacks too;
     CutMix is PEPL with areas in place of semantic shares: what the maps are worth.
@@ -60,8 +60,8 @@ from data import DataError, number, whole
 METHOD = "pepl"
 METHODS = ["supervised", "fixmatch", "freematch", "cutmix", "pepl"]
 DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", "pets"]
-KINDS = ["resne*t*", "wide_resnet*", "efficientnet*"]
-NETWORKS = torchvision.models.list_models(torchvision.models, include=KINDS)
+NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
+NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
 LOG_COLUMNS = ["step", "loss", "accuracy", "accuracy of kept", "share kept", "tau"]
 BETA, EMA = 0.99, 0.995  # memory of the thresholds and of the EMA network, a step
 TAU = 0.95  # FixMatch's fixed threshold
@@ -92,7 +92,8 @@ def parse_args(argv=None):
     three = ["supervised", "freematch", "pepl"]
     add("--method", nargs="+", default=three, choices=METHODS, help="train and compare these")
     add("--ablate", action="store_true", help="train and compare all methods")
-    add("--arch", default="tiny", help="tiny, efficientnet_lite0 or torchvision's, as resnet50")
+    arch = "tiny, efficientnet_lite0 or a ResNet or EfficientNet of torchvision, as resnet50"
+    add("--arch", default="tiny", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
     add("--freeze", type=whole(0), default=0, help="stem and so many stages stay as they are")
     add("--stride", type=int, default=16, choices=[16, 32], help="pixels a cell of the maps")
@@ -125,8 +126,6 @@ def parse_args(argv=None):
     if args.ablate:
         p.set_defaults(method=METHODS)
     args = data.parse_flags(p, argv, METHOD)
-    if args.arch not in ("tiny", "efficientnet_lite0", *NETWORKS):
-        p.error(f"--arch {args.arch}: neither tiny, efficientnet_lite0 nor one of torchvision's")
     if args.pretrained and args.arch == "tiny":
         p.error("--pretrained: tiny has no ImageNet weights; take --arch efficientnet_lite0")
     return args
@@ -539,14 +538,11 @@ class Learner:
         net = Classifier(args, n_classes, pretrained)
         self.net = net.to(args.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        groups = [{"params": net.head.parameters(), "lr": args.lr}]
-        groups += [{"params": net.backbone.parameters(), "lr": args.lr_backbone}]
+        groups = [{"params": part.parameters()} for part in (net.head, net.backbone)]
         self.opt = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-        def factor(step):  # rises over 100 steps, falls along a cosine
-            return min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-
-        self.rates = torch.optim.lr_scheduler.LambdaLR(self.opt, factor)
+        self.rates = torch.optim.lr_scheduler.OneCycleLR(  # up in a tenth of the steps, then down
+            self.opt, [args.lr, args.lr_backbone], args.steps, pct_start=0.1, cycle_momentum=False
+        )
         self.p = torch.full((n_classes,), 1 / n_classes, device=args.device)  # (C,)
         self.tau, self.step, self.seconds, self.log = self.p[0], 0, 0.0, []
 
