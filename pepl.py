@@ -538,10 +538,11 @@ class Learner:
         net = Classifier(args, n_classes, pretrained)
         self.net = net.to(args.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        groups = [{"params": part.parameters()} for part in (net.head, net.backbone)]
+        groups = [{"params": net.head.parameters(), "lr": args.lr}]
+        groups += [{"params": net.backbone.parameters(), "lr": args.lr_backbone}]
         self.opt = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        self.rates = torch.optim.lr_scheduler.OneCycleLR(  # up in a tenth of the steps, then down
-            self.opt, [args.lr, args.lr_backbone], args.steps, pct_start=0.1, cycle_momentum=False
+        self.rates = torch.optim.lr_scheduler.LambdaLR(
+            self.opt, lambda k: min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
         )
         self.p = torch.full((n_classes,), 1 / n_classes, device=args.device)  # (C,)
         self.tau, self.step, self.seconds, self.log = self.p[0], 0, 0.0, []
