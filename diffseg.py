@@ -704,8 +704,9 @@ def update_ema(ema, net, decay):
 @torch.no_grad()
 def student_masks(net, tiles, args):
     """Masks to teach the student, uint8 (N, 1, 2H, 2W), from DiffSeg's outputs and tags alone."""
-    masks = []
-    for i in tqdm(torch.arange(len(tiles.images)).split(chunk(args)), "masks for the student"):
+    n, _, h, w = tiles.images.shape
+    masks = torch.empty(n, 1, h, w, dtype=torch.uint8)
+    for i in tqdm(torch.arange(n).split(chunk(args)), "masks for the student"):
         img = F.avg_pool2d(tiles.images[i].float(), 2).round().to(torch.uint8)  # (B, 3, H, W)
         logit = outputs("diffseg", net, img, 4, args).mean(1).cpu()  # (B, H, W); 8 are no better
         levels = [fit_level(*x) for x in zip(logit, tiles.windows[i], tiles.tags[i], strict=True)]
@@ -715,8 +716,8 @@ def student_masks(net, tiles, args):
         margin = torch.where(lesion, 5.0, torch.where(healthy, -5.0, margin))
         margin = F.interpolate(crf_refine(margin, img, args), scale_factor=2.0, mode="bilinear")
         lesion, healthy = known.bool().split(1, 1)
-        masks.append((((margin > 0) | lesion) & ~healthy).to(torch.uint8).cpu())
-    return torch.cat(masks)
+        masks[i] = (((margin > 0) | lesion) & ~healthy).to(masks)
+    return masks
 
 
 def train(stage, steps, loss_function, mark, args, folder):
