@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-ISIC_URL = os.environ.get("ISIC_URL", "https://isic-challenge-data.s3.amazonaws.com/2018")
-CUB_URL = os.environ.get("CUB_URL", "https://data.caltech.edu/records/65de6-vp158/files")
+ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018"
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files"
 ISIC_SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MAX_PIXELS = 400_000_000  # 20,000 x 20,000, 1.2 GB once decoded: a larger file gets a DataError
@@ -62,10 +62,11 @@ def number(low, high=math.inf, kind=float):
     def parse(text):
         value = kind(text)
         if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} must lie between {low:g} and {high:g}")
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{most}")
         return value
 
-    parse.__name__ = "number"  # argparse names it where text is none
+    parse.__name__ = "number" if kind is float else "whole number"  # for argparse's own message
     return parse
 
 
@@ -117,8 +118,11 @@ def parse_flags(parser, argv, method):
     folder = run_folder(method, args)
     path = args.checkpoint or folder / "best.pt"
     if args.resume:
-        path = next(iter(sorted(folder.glob("*.pt"))), None)
-    if path is None or not (args.resume or args.eval_only or args.predict):
+        found = sorted(folder.glob("*.pt"))
+        if not found:
+            raise DataError(f"{folder}: no checkpoint to go on from; leave --resume out")
+        path = found[0]
+    elif not (args.eval_only or args.predict):
         return args
     saved = load_checkpoint(path, method)["args"]
     parser.set_defaults(**{name: value for name, value in saved.items() if name not in FREE})
@@ -160,7 +164,7 @@ def one_line_errors(script):
             print(f"{script}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"{script}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"{script}: stopped; --resume goes on from what was saved", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -254,8 +258,8 @@ def colour_map(x):
 
 def outline(img, mask, colour=(0, 255, 160)):
     """Draw the border of mask (H, W) bool on img uint8 (H, W, 3); returns a new array."""
-    m = torch.as_tensor(mask).float()[None, None]
-    edge = (F.max_pool2d(m, 3, 1, 1) != m)[0, 0].numpy()
+    m = F.pad(torch.as_tensor(mask).float()[None, None], (1, 1, 1, 1))  # the image's border too
+    edge = (F.max_pool2d(m, 3, 1, 1) != m)[0, 0, 1:-1, 1:-1].numpy()
     return np.where(edge[..., None], np.array(colour, dtype=np.uint8), img)
 
 

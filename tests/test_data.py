@@ -85,7 +85,8 @@ def test_checkpoints_describe_themselves(tmp_path, monkeypatch, capsys):
     assert (
         folder == Path("d/m/d/seed0") and args.command == "python x.py --lr 3 --size 32x16 --amp on"
     )
-    assert flags("--resume", "--lr", "5").lr == 5  # nothing to go on from: a new run
+    with pytest.raises(data.DataError, match="no checkpoint to go on from"):
+        flags("--resume")
     state = {"method": "m", "args": vars(args), "data": data.fingerprint("a")}
     data.save_checkpoint(state, folder / "best.pt")
     away = ("--out", "elsewhere", "--device", "cpu", "--checkpoint", str(folder / "best.pt"))
@@ -95,7 +96,7 @@ def test_checkpoints_describe_themselves(tmp_path, monkeypatch, capsys):
         for flag, value in (("--lr", "0.1"), ("--size", "64x48"), ("--amp", "off")):
             with pytest.raises(data.DataError, match=rf"best.pt was trained with {flag} .*{value}"):
                 flags(*given, flag, value)
-    assert flags("--resume", "--quick").lr == 0.1  # a quick run has a folder of its own
+    assert data.run_folder("m", flags("--quick")) != folder  # a quick run has one of its own
     assert data.run_folder("m", flags("--eval-only", *away)) == folder
     with pytest.raises(data.DataError, match="training data changed"):
         data.load_checkpoint(folder / "best.pt", "m", data.fingerprint("b"))
@@ -392,10 +393,10 @@ def test_download_resumes_and_runs_once(then, tmp_path, server):
 
 
 def test_two_processes_download_an_archive_once(tmp_path, server):
-    code = "import data, sys; data.load_segmentation('isic2018', sys.argv[1], 'val', (16, 24))"
-    env = os.environ | {"ISIC_URL": server.url}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    runs = [subprocess.Popen(command, cwd=HOME, env=env, stderr=-3) for _ in range(2)]
+    code = "import data, sys; data.ISIC_URL = sys.argv[2]; "
+    code += "data.load_segmentation('isic2018', sys.argv[1], 'val', (16, 24))"
+    command = [sys.executable, "-c", code, str(tmp_path), server.url]
+    runs = [subprocess.Popen(command, cwd=HOME, stderr=-3) for _ in range(2)]
     assert [run.wait(60) for run in runs] == [0, 0]
     assert server.log == [(f"{name}.zip", 0) for name in NAMES]
 

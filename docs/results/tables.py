@@ -38,15 +38,17 @@ NAMES = {
     "ged": "GED",
 }
 
-# README's table: method, what is labelled, set, records, (result, baseline, ceiling) and metric.
+# README's table, a row a method: what is labelled, the command, its records, (result, baseline,
+# ceiling) among their rows, the metric, and where the method fails.
 SUMMARY = [
     (
         "[DiffSeg](docs/diffseg.md)",
         "48 tagged tiles an image",
-        "skin lesions, ISIC subset",
+        "`python diffseg.py --data isic2018`",
         "diffseg_isic2018_seed*.json",
         ("diffseg_student_crf", "otsu", "unet"),
         "dice",
+        "coloured patches",
     ),
 ]
 
@@ -61,12 +63,12 @@ def load(pattern):
 
 def summary():
     """README's table: result, baseline and ceiling of each method, means over its records."""
-    lines = ["| method | you label | measured on | result | baseline | all labelled |"]
-    lines.append("| --- " * 6 + "|")
-    for method, labels, data, files, rows, metric in SUMMARY:
+    lines = ["| method | you label | command | result / baseline / ceiling | fails on |"]
+    lines.append("| --- " * 5 + "|")
+    for method, labels, command, files, rows, metric, fails in SUMMARY:
         records = load(f"docs/results/{files}")
-        cells = [f"{mean(records, row, metric):.3f}" if row else "" for row in rows]
-        lines.append("| " + " | ".join([method, labels, data, *cells]) + " |")
+        numbers = " / ".join(f"{mean(records, row, metric):.3f}" if row else "-" for row in rows)
+        lines.append("| " + " | ".join([method, labels, command, numbers, fails]) + " |")
     return "\n".join(lines)
 
 
