@@ -641,7 +641,8 @@ def train(method, train_set, split, args, folder, header):
 
 def load_sets(args):
     """Training images, test images and, of the former, indices (labelled, unlabelled)."""
-    more = stored_size(args), 64 if args.quick else None, args.num_workers
+    few = 400 if args.quick else None  # two images a class and more, of up to 200 classes
+    more = stored_size(args), few, args.num_workers
     train_set = data.load_classification(args.data, args.data_root, "train", *more)
     if args.validate:
         i, rest = data.label_split(train_set.labels, 0.2, seed=2018)
