@@ -91,9 +91,9 @@ def test_calibration_is_deterministic_and_keeps_the_shape():
         net.eval()
     torch.nn.init.normal_(nets["denoiser"].head.weight, std=0.1)
     args = caudo_diff.parse_args(TINY)
-    this = caudo_diff.Run(args, None, "", None, nets, {})
+    ctx = caudo_diff.Context(args, None, "", None, nets, {})
     img, p0 = torch.randint(0, 256, (3, 3, 16, 32), dtype=torch.uint8), torch.rand(3, 1, 16, 32)
-    a, b = (caudo_diff.calibrate(this, img, p0) for _ in range(2))
+    a, b = (caudo_diff.calibrate(ctx, img, p0) for _ in range(2))
     assert torch.equal(a, b) and a.shape == (3, len(caudo_diff.TIMES), 16, 32)
     assert 0 <= a.min() <= a.max() <= 1
 
