@@ -24,11 +24,12 @@ D2  First the mix, then the strong augmentation: map and picture agree, whatever
 D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
 D4  Eq. 3 starts at 1/C, which would keep every label for the first 100 steps: so at most the share
     of labels is kept of which training is over. beta = 0.99, not 0.999: our runs are shorter.
-D5  With --align, labels are aligned to the labelled images' class shares [ReMixMatch], and these
-    are the class expectations of Eq. 5: classes said too seldom no longer get low thresholds.
+D5  With --align, q is aligned to the labelled images' class shares [ReMixMatch], and these are the
+    class expectations of Eq. 5 (Eqs. 3, 4 still see the q before): classes said too seldom no
+    longer get low thresholds.
 D6  A partner is always a kept image; images that are not kept count as 0 in the mean of Eq. 7.
-D7  FreeMatch is Eqs. 3-5 with phase I for ever, without its fairness term, which PEPL lacks too;
-    CutMix is PEPL with areas in place of semantic shares: what the maps are worth.
+D7  FreeMatch is PEPL with phase I for ever (without FreeMatch's fairness term, with D4), CutMix is
+    PEPL with areas in place of semantic shares: what the maps are worth. FixMatch is without D4.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
 """
 
@@ -44,7 +45,6 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -56,14 +56,13 @@ from tqdm import tqdm
 import data
 from data import DataError, number, whole
 
-# Equations are tagged G where the paper gives them, O where they are ours.
 METHOD = "pepl"
 METHODS = ["supervised", "fixmatch", "freematch", "cutmix", "pepl"]
 DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", "pets"]
 NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
 NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
 LOG_COLUMNS = ["step", "loss", "accuracy", "accuracy of kept", "share kept", "tau"]
-BETA, EMA = 0.99, 0.995  # memory of the thresholds and of the EMA network, a step
+BETA, EMA = 0.99, 0.995  # what thresholds and the EMA network keep of themselves at a step
 TAU = 0.95  # FixMatch's fixed threshold
 
 # ==================================================================================================
@@ -82,8 +81,8 @@ def parse_args(argv=None):
     add("--data", default="synthetic", choices=DATA_SETS, help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=data.parse_size, default="48", help="network input: N or WIDTHxHEIGHT, px")
-    add("--steps", type=whole(1), default=1200, help="training steps of each method")
-    add("--batch-size", type=whole(1), default=32, help="labelled images in a training step")
+    add("--steps", type=whole(1), default=900, help="training steps of each method")
+    add("--batch-size", type=whole(2), default=32, help="labelled images in a training step")
     add("--mu", type=whole(1), default=3, help="unlabelled images in a step, times --batch-size")
     add("--lr", type=number(1e-9, 10), default=0.05, help="peak learning rate of the linear layer")
     add("--lr-backbone", type=number(1e-9, 10), default=0.05, help="that of all other layers")
@@ -95,8 +94,14 @@ def parse_args(argv=None):
     arch = "tiny, efficientnet_lite0 or a ResNet or EfficientNet of torchvision, as resnet50"
     add("--arch", default="tiny", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
-    add("--freeze", type=whole(0), default=0, help="stem and so many stages stay as they are")
-    add("--stride", type=int, default=16, choices=[16, 32], help="pixels a cell of the maps")
+    add("--freeze", type=whole(0), default=0, help="0: train all; K: not the stem and K stages")
+    add(
+        "--stride",
+        type=int,
+        default=16,
+        choices=[16, 32],
+        help="pixels a cell of the maps, but for tiny",
+    )
     add("--warm-up", type=share, default=0.2, help="share of steps on labelled images alone")
     add("--align", action="store_true", help="distribution alignment of pseudo-labels")
     add("--mix-start", type=share, default=0.5, help="share of steps before mixing starts")
@@ -118,7 +123,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.arch != "tiny":
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
-    if args.pretrained:  # chosen on a held-out part of cub100's training images
+    if args.pretrained:  # chosen on training images of 100 species of CUB
         p.set_defaults(steps=700, lr_backbone=0.01, warm_up=0.4, mix_start=0.6, align=True)
         p.set_defaults(freeze=3 if args.arch.startswith("eff") else 2)  # what precedes stride 16
     if args.quick:
@@ -132,7 +137,7 @@ def parse_args(argv=None):
 
 
 # ==================================================================================================
-# 2. The method's mathematics: pure functions on tensors
+# 2. The method's mathematics: pure functions on tensors ([G]: given by the paper)
 # ==================================================================================================
 
 
@@ -176,7 +181,7 @@ def align(q, p, prior):
 
 
 def random_boxes(b, size, alpha=5.0):
-    """b boxes (b, 4) = left, top, right, bottom in whole pixels, clipped: maybe empty."""
+    """b boxes (b, 4) = left, top, right, bottom in whole pixels, clipped to the image."""
     lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))  # ours: alpha; 0.2 to 0.8, mostly
     side = torch.tensor([size[1], size[0]])  # (W, H)
     half, centre = (1 - lam).sqrt() * side / 2, torch.rand(b, 2) * side  # Eq. 6 [G]
@@ -311,14 +316,14 @@ class Classifier(nn.Module):
         if args.arch == "efficientnet_lite0":  # was trained on [-1, 1]
             mean, std = [0.5] * 3, [0.5] * 3
         self.normalise = torchvision.transforms.Normalize(mean, std)
-        halving = []  # the convolutions with a stride, of each stage that has one
+        halving = []  # the convolutions with a stride in the last stage that has one
         for stage in self.backbone:
             convs = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
-            halving += [[c for c in convs if c.stride == (2, 2)]]
+            halving = [conv for conv in convs if conv.stride == (2, 2)] or halving
             for conv in (c for c in convs if c.groups == c.in_channels):
                 conv.__class__ = Depthwise
-        if args.arch != "tiny" and args.stride == 16:  # from 32: maps of four times as many cells
-            for conv in [convs for convs in halving if convs][-1]:
+        if args.arch != "tiny" and args.stride == 16:  # maps of four times as many cells
+            for conv in halving:
                 conv.stride = (1, 1)
 
     def train(self, mode=True):
@@ -343,7 +348,7 @@ def autocast(args):
 
 
 def stored_size(args):
-    """Images are kept at 8/7 of --size: training cuts crops of it, evaluation takes the whole."""
+    """Images are kept at 8/7 of --size, of which crops are cut."""
     return tuple(round(n * 8 / 7) for n in args.size)
 
 
@@ -356,14 +361,16 @@ def look(net, x, args):
 
 
 def classify(net, images, args):
-    """Probabilities (N, C), on the CPU, of uint8 images (N, 3, H, W), in batches."""
+    """Probabilities (N, C), on the CPU, of the middle of uint8 images (N, 3, H0, W0)."""
     net.eval()
+    top, left = ((n - m) // 2 for n, m in zip(images.shape[2:], args.size, strict=True))
+    images = images[:, :, top : top + args.size[0], left : left + args.size[1]]  # (N, 3, H, W)
     batches = (x.to(args.device).float() / 255 for x in images.split(128))
     return torch.cat([look(net, x, args)[0].cpu() for x in batches])
 
 
 def class_map(net, img, y, args):
-    """CAM (H, W) of class y (), scaled to [0, 1], in one image uint8 (3, H, W)."""
+    """CAM (H, W) of class y (), scaled to [0, 1], in one whole image uint8 (3, H, W)."""
     _, features = look(net.eval(), img[None].to(args.device).float() / 255, args)
     y, weight = y[None].to(args.device), net.head.weight.detach()
     maps = cam(features, weight, y, img.shape[1:])[0].cpu()
@@ -373,7 +380,7 @@ def class_map(net, img, y, args):
 def overlay(img, maps):
     """Lay a map (H, W) in [0, 1] over an image uint8 (3, H, W): uint8 (H, W, 3)."""
     img, colours = img.permute(1, 2, 0).numpy(), data.colour_map(maps)
-    return (0.45 * img + 0.55 * colours).astype(np.uint8)
+    return (0.45 * img + 0.55 * colours).astype("uint8")
 
 
 def predict(args):
@@ -469,18 +476,18 @@ def strong_augment(x):
     grey = x.mean(1, keepdim=True)
     x = torch.where(on[1], grey + (x - grey) * (1 + 0.5 * z[7]), x).clamp(0, 1)  # saturation
     levels = (10 + 6 * z[8]).round()
-    x = torch.where(on[2], (x * levels).round() / levels, x)  # posterise: 4 to 16 levels
+    x = torch.where(on[2], (x * levels).round() / levels, x)  # posterise: 5 to 17 levels
     blur = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = torch.where(on[3], (x + z[9] * (x - blur)).clamp(0, 1), x)  # sharpen or blur
-    y, x0 = (torch.linspace(-1, 1, n, device=x.device) for n in (h, w))
-    hole = ((x0 - z[10]).abs() < 0.35) & ((y[:, None] - z[11]).abs() < 0.35)
+    row, column = (torch.linspace(-1, 1, n, device=x.device) for n in (h, w))
+    hole = ((column - z[10]).abs() < 0.35) & ((row[:, None] - z[11]).abs() < 0.35)
     return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout: a third of the side
 
 
 def pseudo_label(method, q, tau, p, prior, done, args):
     """Phase I: Target of images, not mixed, of which a network says q (B, C).
 
-    done in [0, 1]: share of the training that is over; at most so many labels are kept.
+    done in [0, 1]: share of the training that is over, the most that is kept (but by FixMatch).
     """
     if args.align and method != "supervised":
         q, p = align(q, p, prior), prior  # prior: what q is expected to be now
@@ -519,7 +526,7 @@ def update_ema(ema, net, decay):
 
 
 def try_step(args, n_classes):
-    """Load the weights; go forward and back on a batch of full size: what fails, fails at once."""
+    """Load weights, go forward and back on a full batch: what does not work fails at once."""
     net, n = Classifier(args, n_classes, args.pretrained).to(args.device), args.batch_size
     n *= 1 if args.method == ["supervised"] else 1 + args.mu
     try:
@@ -541,7 +548,7 @@ class Learner:
         groups = [{"params": net.head.parameters(), "lr": args.lr}]
         groups += [{"params": net.backbone.parameters(), "lr": args.lr_backbone}]
         self.opt = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        self.rates = torch.optim.lr_scheduler.LambdaLR(
+        self.rates = torch.optim.lr_scheduler.LambdaLR(  # up over 100 steps, down along a cosine
             self.opt, lambda k: min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
         )
         self.p = torch.full((n_classes,), 1 / n_classes, device=args.device)  # (C,)
@@ -577,7 +584,7 @@ def train(method, train_set, split, args, folder, header):
     labelled, unlabelled = (i.to(args.device) for i in split)
     prior = labels[labelled].bincount(minlength=n_classes) / len(labelled)  # (C,)
     watched = unlabelled if len(unlabelled) else labelled
-    watched = watched[:: max(1, len(watched) // 512)]  # some hundred will do
+    watched = watched[:: max(1, len(watched) // 512)]  # 512 or some more
     mixes, semi_from = method in ("cutmix", "pepl"), math.ceil(args.warm_up * args.steps)
     forward = torch.compile(it.net) if args.compile else it.net
     begin = time.time() - it.seconds
@@ -587,7 +594,7 @@ def train(method, train_set, split, args, folder, header):
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
         x_l = weak_augment(images[i], args.size)  # (B, 3, H, W)
         target_l = Target(labels[i], labels[i], 1.0, 0.0, torch.ones_like(i, dtype=torch.bool))
-        if mixes and args.mix_labelled:  # Eq. 8's flag
+        if mixes and args.mix_labelled:  # Eq. 8 [G] leaves it open
             _, features = look(it.ema, x_l, args)
             x_l, target_l = mix_batch(method, x_l, target_l, features, it.ema.head, args)
         x, semi = [strong_augment(x_l)], method != "supervised" and it.step >= semi_from
@@ -607,7 +614,7 @@ def train(method, train_set, split, args, folder, header):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
         loss = hybrid_loss(logits[:b], target_l)
         if semi:
-            loss = loss + hybrid_loss(logits[b:], target_u)  # Eq. 8 [G], gamma = lambda_u = 1
+            loss = loss + hybrid_loss(logits[b:], target_u)  # Eq. 8 [G], both weights 1
         if not loss.isfinite():
             why = f"loss is {loss:g} at step {it.step}"
             raise DataError(f"{why}: try a third of --lr and --lr-backbone, or --amp off")
@@ -616,7 +623,7 @@ def train(method, train_set, split, args, folder, header):
         it.opt.step()
         it.rates.step()
         it.step += 1
-        update_ema(it.ema, it.net, min(EMA, it.step / (it.step + 10)))  # the start is forgotten
+        update_ema(it.ema, it.net, min(EMA, it.step / (it.step + 10)))  # forgets the start
         bar.update()
         if it.step % args.save_every == 0 or it.step == args.steps:
             q = classify(it.ema, images[watched], args).to(args.device)
@@ -660,8 +667,7 @@ def load_sets(args):
 def run(args):
     """Train all methods and compare them; or only evaluate; or predict."""
     if args.predict:
-        predict(args)
-        return
+        return predict(args)
     train_set, test, split = load_sets(args)
     stamp = data.fingerprint(train_set.listing, split[0].tolist())
     folder = data.run_folder(METHOD, args)
@@ -685,7 +691,9 @@ def run(args):
         guess = classify(net, test.images, args).argmax(1)  # (N,)
         rows[method] = {"accuracy": (guess == test.labels).float().mean().item()}
         log = state["logs"][method]
-        for row in (log[len(log) * k // 4 - 1] for k in (1, 2, 3, 4)):  # quarters of the training
+        for row in (
+            log[max(0, len(log) * k // 4 - 1)] for k in (1, 2, 3, 4)
+        ):  # quarters of the training
             shares = dict(zip(LOG_COLUMNS[2:5], row[2:5], strict=True))
             pseudo_labels[f"{method}, step {row[0]}"] = shares
     more = {"split": test.split, "n_images": len(test.labels), "n_labelled": len(split[0])}
