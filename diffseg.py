@@ -23,8 +23,8 @@ Deviations from the paper, with reasons (docs/diffseg.md says more):
 D1  One conditional network instead of two: half the memory. D2  The lesion-free counterparts come
     from implantation; the paper does not say where its do.
 D3  Supervision is 48 tags an image, each of one random tile (healthy, lesion or partly lesion); the
-    masks of the training set serve those tags alone. The validation split, with masks, chooses
-    thresholds and the row that --predict uses.
+    masks of the training set serve those tags alone (who has tags and no masks replaces tag_tiles).
+    The validation split, with masks, chooses thresholds and the row that --predict uses.
 D4  The healthy reconstruction has a fourth channel, "blend", the presence of a lesion, known in
     implants and tagged tiles. The map is the geometric mean of it and of the difference.
 D5  Small t, 5..80 of 1000, 5..250 in training: maps got worse with growing t.
@@ -53,11 +53,12 @@ import data
 from crf import DenseCRF
 from data import DataError, parse_size, whole
 
-# Equations are tagged G where the paper or its code gives them, O where they are ours.
+# Eq. n is row n of the table in docs/diffseg.md; G: given by the paper or its code, O: ours.
 METHOD = "diffseg"
 METRICS = ("dice", "iou", "precision", "recall", "thresholded_jaccard", "ged")
-LESION, HEALTHY, MIXED = 0, 1, 2  # tags of a tile; the first two also condition f
-TAGS = 48  # tagged tiles of a training image
+LESION, HEALTHY, MIXED = 0, 1, 2  # tags of a tile; y of f: "as it is" and "without a lesion"
+TAGS, MOSTLY = 48, 0.9  # tagged tiles of an image; share of lesion from which a tile is LESION
+LEVELS = torch.linspace(-6, 6, 121)  # logits tried as the level of a training image's map
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 T_TRAIN, T_INFER = (5, 250), (5, 80)  # ranges of t (ours)
 CRF_ROUNDS, CRF_OUTPUTS = 3, 4  # K results are averaged, each from H random outputs (paper)
@@ -77,7 +78,7 @@ def parse_args(argv=None):
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--steps", type=whole(1), default=350, help="training steps of a network [others: 1860]")
+    add("--steps", type=whole(1), default=300, help="training steps of a network [others: 1860]")
     add("--batch-size", type=whole(3), default=24, help="images in a training step")
     add("--lr", type=data.number(1e-9, 10), default=1e-3, help="peak learning rate of AdamW (ours)")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights, batches and noise")
@@ -100,7 +101,7 @@ def parse_args(argv=None):
     if args.data != "synthetic":
         p.set_defaults(steps=1860)
     if args.quick:
-        p.set_defaults(steps=6, batch_size=8, outputs=4)
+        p.set_defaults(steps=6, batch_size=8, outputs=6)
     return data.parse_flags(p, argv, METHOD)
 
 
@@ -115,7 +116,7 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 def add_noise(x0, t, eps):
     """Noise x0 by eps, both (B, C, H, W), to step t, (B,) int64 in 0..T-1. Returns xt."""
     a = ALPHA_BAR.to(x0.device)[t][:, None, None, None]  # (B, 1, 1, 1)
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [DiffSeg, G]
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [G]
 
 
 def diffusion_difference(x0_healthy, x0_lesion):
@@ -125,7 +126,7 @@ def diffusion_difference(x0_healthy, x0_lesion):
     alpha_bar_t). In eps~_lesion - eps~_healthy the noised image cancels; this is left, times
     sqrt(1 - a) / sqrt(a): its size does not depend on t. Where it is < 0, the lesion is lighter.
     """
-    d = (x0_healthy - x0_lesion).mean(1, keepdim=True).clamp(min=0)  # Eq. 4 [DiffSeg, G; scaling O]
+    d = (x0_healthy - x0_lesion).mean(1, keepdim=True).clamp(min=0)  # Eq. 4 [G; scaling O]
     low, high = d.amin((1, 2, 3), keepdim=True), d.amax((1, 2, 3), keepdim=True)
     return (d - low) / (high - low).clamp(min=1e-6)
 
@@ -142,7 +143,7 @@ def ged(samples, raters):
     """Squared generalized energy distance over all pairs, (B, N, H, W), (B, R, H, W) -> (B,)."""
     cross = iou_distance(samples, raters).mean((1, 2))
     within = [iou_distance(s, s).mean((1, 2)) for s in (samples, raters)]
-    return 2 * cross - within[0] - within[1]  # Eq. 7 [DiffSeg, G with annotators]
+    return 2 * cross - within[0] - within[1]  # Eq. 7 [G; with annotators: O]
 
 
 def overlap_metrics(pred, mask):
@@ -166,7 +167,7 @@ def overlap_metrics(pred, mask):
 def ambiguity(samples):
     """Variance of N binary masks (B, N, H, W) in each pixel, (B, H, W) in 0..0.25."""
     coherence = samples.float().mean(1)
-    return coherence * (1 - coherence)  # Eq. 6 [DiffSeg, G]
+    return coherence * (1 - coherence)  # Eq. 6 [G]
 
 
 def correlation(a, b):
@@ -262,9 +263,9 @@ class UNet(nn.Module):
         emb = F.silu(self.time(torch.cat([phase.sin(), phase.cos()], 1)) + self.label(y))
         h, skips = self.stem(x.contiguous(memory_format=torch.channels_last)), []
         for block, shrink in zip(self.down, self.shrink, strict=True):
-            h = block(h, emb)
+            h = block(h, emb)  # (B, C_level, H / 2^level, W / 2^level)
             skips.append(h)
-            h = shrink(h)  # (B, C_level, H / 2^level, W / 2^level)
+            h = shrink(h)
         h = self.middle(h, emb)
         for i, block in enumerate(self.up):
             h = F.interpolate(h, scale_factor=2.0) if i else h
@@ -275,8 +276,9 @@ class UNet(nn.Module):
 # ==================================================================================================
 # 4. Inference
 # ==================================================================================================
-# A stage gives N outputs as logits (B, N, H, W), each with a threshold of its own. A margin is a
-# logit above its threshold: an output's mask is margin > 0, the one mask of all mean margin > 0.
+# A stage gives N outputs as logits (B, N, H, W), each with a threshold of its own. A margin is how
+# far one lies above its own: logit - threshold; q - 1/2 after a CRF, grey levels for Otsu. The mask
+# of an output is margin > 0, the one mask of all is mean margin > 0.
 
 
 def build(stage, args):
@@ -308,7 +310,7 @@ def diffseg_maps(net, img, n, args):
     """
     g = torch.Generator().manual_seed(args.seed)
     x0, differences, blends = img.to(args.device).float() / 127.5 - 1, [], []
-    for t_n in torch.linspace(*T_INFER, n).long().tolist():  # Eq. 5 [DiffSeg, G]
+    for t_n in torch.linspace(*T_INFER, n).long().tolist():
         eps = torch.randn(1, *x0.shape[1:], generator=g).to(x0).expand_as(x0)
         t = torch.full((len(x0),), t_n, device=x0.device)
         xt = add_noise(x0, t, eps)
@@ -322,11 +324,14 @@ def diffseg_maps(net, img, n, args):
 
 @torch.no_grad()
 def outputs(stage, net, img, n, args):
-    """n outputs of a stage's network, logits (B, n, H, W), for images uint8 (B, 3, H, W)."""
+    """n outputs of a stage's network, logits (B, n, H, W), for images uint8 (B, 3, H, W).
+
+    Of "diffseg" they differ by noise, of the others by dropout, which depends on the whole batch.
+    """
     if stage == "diffseg":
         difference, blend = diffseg_maps(net, img, n, args)
-        # ours: blend knows what a lesion is, the difference where it ends: their geometric mean
-        return torch.logit((blend * difference).sqrt(), 1e-4)
+        # Blend knows what a lesion is, the difference where it ends: their geometric mean.
+        return torch.logit((blend * difference).sqrt(), 1e-4)  # Eq. 5 [O]
     x = img.to(args.device).float() / 127.5 - 1
     zero = torch.zeros(len(x), dtype=torch.long, device=x.device)
     net.train()  # MC-dropout; other layers do not differ in training
@@ -348,8 +353,8 @@ def mask_dice(margin, raters):
 
 
 def calibrate(stage, net, val, args):
-    """Thresholds (N, 1, 1) of a network's outputs, logits, chosen on the split val: evenly within
-    `spread` of `level`, the level of the best Dice, the spread of the lowest GED."""
+    """Thresholds (N, 1, 1), logits, evenly from level - spread to level + spread: on the split val
+    the level maximises Dice, then the spread minimises GED."""
     n, chunks = args.outputs, val.images.split(chunk(args))
     logits = torch.cat([outputs(stage, net, img, n, args).cpu() for img in chunks])
     # Shuffled: else outputs of more noise would always be the tighter ones.
@@ -372,7 +377,8 @@ def calibrate(stage, net, val, args):
 def crf_refine(logits, img, args):
     """K dense CRFs an image on one lattice: logits (B, K, H, W), img uint8 (B, 3, H, W) -> q - 1/2.
 
-    crf.py's mean field for two labels: messages are linear, so the log odds gain that of 2 q - 1.
+    With two labels, q and 1 - q, the log odds change by message(q) - message(1 - q), which is
+    message(2 q - 1), since messages are linear. Else it is the mean field of crf.py.
     """
     width = CRF_SXY * args.size[1] / 64  # chosen for 64 x 48 pixels
     crf = DenseCRF(
@@ -390,13 +396,13 @@ def crf_integrate(margin, img, args):
     g, p = torch.Generator().manual_seed(args.seed), margin.sigmoid()
     chosen = [torch.randperm(p.shape[1], generator=g)[:CRF_OUTPUTS] for _ in range(CRF_ROUNDS)]
     starts = torch.stack([p[:, k.to(p.device)].mean(1) for k in chosen], 1)  # (B, K, H, W)
-    return crf_refine(torch.logit(starts, 1e-6), img, args)  # Eq. 8 [DiffSeg, G]
+    return crf_refine(torch.logit(starts, 1e-6), img, args)  # Eq. 8 [G]
 
 
 def segment(nets, img, args):
     """Margins {row: (B, N, H, W)} of images uint8 (B, 3, H, W); nets {stage: (net, thresholds)}."""
-    green = 1 - img[:, 1].flatten(1).float() / 255
-    rows = {"otsu": (green - otsu_threshold(green)).view(len(img), 1, *img.shape[2:])}
+    dark = 1 - img[:, 1].flatten(1).float() / 255  # in green, where skin and lesion differ most
+    rows = {"otsu": (dark - otsu_threshold(dark)).view(len(img), 1, *img.shape[2:])}
     for stage, (net, thresholds) in nets.items():
         logits = outputs(stage, net, img, args.outputs, args)
         rows[stage] = logits - thresholds.to(logits)
@@ -420,8 +426,8 @@ def evaluate(nets, split, args):
             values["ged"] = ged(samples, raters)
             if raters.shape[1] > 1:
                 values["correlation"] = correlation(variance, ambiguity(raters))
-            lesion = samples.float().mean((1, 2, 3)).clamp(min=1e-3)  # it may be empty
-            values["doubt"] = variance.mean((1, 2)) / lesion  # of the image, for its size
+            area = samples.float().mean((1, 2, 3)).clamp(min=1e-3)  # mean lesion, may be empty
+            values["doubt"] = variance.mean((1, 2)) / area  # one number an image
             for metric, value in values.items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
     return {row: {m: torch.cat(v) for m, v in values.items()} for row, values in rows.items()}
@@ -458,7 +464,7 @@ def draw_panel(nets, split, rows, args, path):
             samples, crf = margin[row] > 0, margin[f"{row}_crf"]
             tiles.append((data.colour_map(samples[0].float().mean(0)), ""))
             tiles.append((data.colour_map(4 * ambiguity(samples)[0]), ""))
-            caption = f"Dice {mask_dice(crf, raters).item():.2f}"
+            caption = f"Dice {rows[f'{row}_crf']['dice'][i]:.2f}"
             tiles.append((data.outline(photo, one_mask(crf)[0, 0], (255, 230, 0)), caption))
         sheet.append((f"{place}\n{split.ids[i][-7:]}", tiles))
     data.draw_sheet(titles, sheet, path)
@@ -468,11 +474,11 @@ def predict(nets, row, args, folder):
     """Segment --predict files by a row; its pictures have the image's own size."""
     for photo in data.images_to_predict(args.predict, args.size):
         margin = segment(nets, photo.small[None], args)[row][0]  # (N, H, W)
-        total = coherence = torch.zeros(photo.img.shape[1:])
+        total, coherence = torch.zeros(2, *photo.img.shape[1:])
         for output in margin.split(1):  # one at a time: photographs are large
             z = data.enlarge(output, photo)[0]  # (h, w)
             total, coherence = total + z, coherence + (z > 0) / len(margin)
-        mask, variance = total > 0, coherence * (1 - coherence)  # Eq. 6
+        mask, variance = total > 0, coherence * (1 - coherence)  # Eq. 6 [G]
         pictures = {
             "mask": mask.numpy().astype(np.uint8) * 255,
             "overlay": data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0)),
@@ -495,7 +501,7 @@ def tag_tiles(masks, seed):
     masks: uint8 (n, R, H, W), read here and nowhere else in the training of DiffSeg and student.
     """
     g, (n, _, h, w) = torch.Generator().manual_seed(seed), masks.shape
-    side = 0.1 + 0.5 * torch.rand(n, TAGS, generator=g) ** 1.5  # share of the image's sides
+    side = 0.1 + 0.5 * torch.rand(n, TAGS, generator=g) ** 1.5  # 10 to 60 %, small ones more often
     ww, hh = (side * w).long(), (side * h).long()
     left = (torch.rand(n, TAGS, generator=g) * (w - ww + 1)).long()
     top = (torch.rand(n, TAGS, generator=g) * (h - hh + 1)).long()
@@ -505,7 +511,7 @@ def tag_tiles(masks, seed):
         total = F.pad(total, (1, 0, 1, 0))  # of all pixels above and left of a corner
         inside = total[low[i], right[i]] - total[top[i], right[i]] - total[low[i], left[i]]
         share[i] = (inside + total[top[i], left[i]]) / (ww[i] * hh[i])
-    tags = torch.where(share >= 0.9, LESION, MIXED)
+    tags = torch.where(share >= MOSTLY, LESION, MIXED)
     return torch.stack([left, top, ww, hh], 2), torch.where(share == 0, HEALTHY, tags)
 
 
@@ -517,7 +523,7 @@ def spans(windows, size):
 
 
 class Batch(NamedTuple):
-    """What one step of DiffSeg sees: B images, first the implants, then W whole images."""
+    """What one step of DiffSeg sees: B images, first the implants, then V whole images."""
 
     x: torch.Tensor  # (B, 3, H, W) in [-1, 1]: x0, to be noised
     y: torch.Tensor  # (B,) int64: what f is asked for, LESION or HEALTHY
@@ -525,7 +531,7 @@ class Batch(NamedTuple):
     known: torch.Tensor  # (B, 1, H, W) in {0, 1}: pixels where the target is known
     blend: torch.Tensor  # (B, 1, H, W) in [0, 1]: presence of a lesion
     blend_known: torch.Tensor  # (B, 1, H, W) in {0, 1}: pixels where that is known
-    boxes: torch.Tensor  # (W, k, H, W) bool: mixed tiles, each with lesion and healthy pixels
+    mixed: torch.Tensor  # (V, k, H, W) bool: mixed tiles, each with lesion and healthy pixels
 
 
 class Tiles:
@@ -543,10 +549,11 @@ class Tiles:
         rows, columns = spans(self.windows[i].to(self.device), self.images.shape[2:])  # (B, K, .)
         tagged = torch.stack([self.tags[i] == y for y in (LESION, HEALTHY)], 1).to(rows)
         lesion, healthy = torch.einsum("btk,bkh,bkw->tbhw", tagged, rows, columns) > 0
-        return torch.stack([lesion & ~healthy, healthy], 1).float()  # lesion tiles: 90 % are
+        # A lesion tile may be 10 % healthy: where both claim a pixel, healthy wins.
+        return torch.stack([lesion & ~healthy, healthy], 1).float()
 
     def draw(self, tag, i, k):
-        """Random windows (B, k, 4) of that tag in images i (B,); whether they have any, (B,)."""
+        """Random windows (B, k, 4) of that tag in images i (B,), any if an image has none: (B,)."""
         match = self.tags[i] == tag  # (B, K)
         tile = torch.multinomial(match + 1e-9, k, replacement=True)
         return self.windows[i[:, None], tile], match.any(1)
@@ -586,7 +593,7 @@ class Tiles:
         implanted = weight * lesion + (1 - weight) * healthy
         return *((gain * (x + 1) - 1).clamp(-1, 1) for x in (implanted, healthy)), blob
 
-    def whole(self, b, k=8):
+    def whole_images(self, b, k=8):
         """b whole images (b, 3, H, W) in [-1, 1] and what their tiles tell, (b, 2 + k, H, W).
 
         Channels in {0, 1}: pixels of lesion tiles, of healthy tiles, then k random mixed tiles.
@@ -603,11 +610,11 @@ class Tiles:
         """Draw a Batch of b images, a third of them implants."""
         n_pairs = b // 3
         implanted, healthy, blob = self.implant(n_pairs)
-        whole, tags = self.whole(b - n_pairs)
+        images, tags = self.whole_images(b - n_pairs)
         lesion_tiles, healthy_tiles, mixed_tiles = tags.split([1, 1, tags.shape[1] - 2], 1)
-        # Few are reconstructed as they are: that is mere denoising.
+        # One in eight has y = LESION and itself as target: mere denoising, easy to learn.
         as_it_is = torch.rand(b, 1, 1, 1).to(self.device) < 0.125
-        x, counterpart = torch.cat([implanted, whole]), torch.cat([healthy, whole])
+        x, counterpart = torch.cat([implanted, images]), torch.cat([healthy, images])
         # An implant is known everywhere. A whole image tells its lesion-free counterpart only where
         # its tiles are tagged healthy, and presence or absence of a lesion in tagged tiles.
         known = torch.cat([torch.ones_like(blob), healthy_tiles])
@@ -619,13 +626,13 @@ class Tiles:
             known=torch.where(as_it_is, 1, known),
             blend=torch.cat([blob, lesion_tiles]),
             blend_known=blend_known * ~as_it_is,
-            boxes=(mixed_tiles > 0) & ~as_it_is[n_pairs:],
+            mixed=(mixed_tiles > 0) & ~as_it_is[n_pairs:],
         )
 
 
 def reconstruction_loss(x0_hat, batch):
-    """Squared error of the reconstructions where the target is known."""
-    return (batch.known * (x0_hat - batch.target) ** 2).mean()  # Eq. 2 [DiffSeg, O]
+    """Squared error where the target is known; over all pixels, as some images tell little."""
+    return (batch.known * (x0_hat - batch.target) ** 2).mean()  # Eq. 2 [O]
 
 
 def blend_loss(logits, batch):
@@ -635,13 +642,13 @@ def blend_loss(logits, batch):
     return total / batch.blend_known.sum().clamp(min=1)
 
 
-def mixed_tile_loss(logits, boxes):
+def mixed_tile_loss(logits, mixed):
     """Cross-entropy of each mixed tile's maximum, lesion, and minimum, healthy.
 
-    logits (W, 1, H, W), boxes (W, k, H, W) bool; tiles without pixels do not count."""
-    high = logits.where(boxes, -torch.inf).flatten(2).amax(2)  # (W, k)
-    low = logits.where(boxes, torch.inf).flatten(2).amin(2)
-    there = boxes.flatten(2).any(2)
+    logits (V, 1, H, W), mixed (V, k, H, W) bool; tiles without pixels do not count."""
+    high = logits.where(mixed, -torch.inf).flatten(2).amax(2)  # (V, k)
+    low = logits.where(mixed, torch.inf).flatten(2).amin(2)
+    there = mixed.flatten(2).any(2)
     total = (F.softplus(-high) + F.softplus(low)).where(there, 0).sum()
     return total / there.sum().clamp(min=1)
 
@@ -653,9 +660,9 @@ def diffseg_loss(net, tiles, args):
     with autocast(args):
         out = net(add_noise(batch.x, t, torch.randn_like(batch.x)), t, batch.y)  # (B, 4, H, W)
     x0_hat, logits = out[:, :3], out[:, 3:]
-    mixed = mixed_tile_loss(logits[-len(batch.boxes) :], batch.boxes)
-    blend = blend_loss(logits, batch) + 0.3 * mixed  # ours: the maximum and minimum tell less
-    return reconstruction_loss(x0_hat, batch) + 0.5 * blend
+    mixed = mixed_tile_loss(logits[-len(batch.mixed) :], batch.mixed)
+    blend = blend_loss(logits, batch) + 0.3 * mixed  # two pixels of a tile tell less than all
+    return reconstruction_loss(x0_hat, batch) + 0.5 * blend  # both weights: ours
 
 
 def unet_loss(net, images, masks, args):
@@ -675,9 +682,6 @@ def unet_loss(net, images, masks, args):
     return F.binary_cross_entropy_with_logits(logits, mask) + 1 - overlap.mean()
 
 
-LEVELS = torch.linspace(-6, 6, 121)  # logits that are tried as an image's level
-
-
 def fit_level(logit, windows, tags):
     """The level at which an image's mask, logit (H, W) > level, contradicts fewest of its K tags,
     the middle one of many. windows (K, 4): in pixels of the image, twice as large."""
@@ -686,8 +690,8 @@ def fit_level(logit, windows, tags):
     rows, columns = rows.view(-1, h, 2).mean(2), columns.view(-1, w, 2).mean(2)  # share of a pixel
     above = (logit > LEVELS[:, None, None]).float()  # (L, H, W)
     share = torch.einsum("kh,lhw,kw->lk", rows, above, columns) / (rows.sum(1) * columns.sum(1))
-    wrong = torch.where(tags == HEALTHY, share > 0, (share == 0) | (share >= 0.9))
-    wrong = torch.where(tags == LESION, share < 0.9, wrong).sum(1)  # (L,)
+    wrong = torch.where(tags == HEALTHY, share > 0, (share == 0) | (share >= MOSTLY))
+    wrong = torch.where(tags == LESION, share < MOSTLY, wrong).sum(1)  # (L,)
     best = LEVELS[wrong == wrong.min()]
     return best[len(best) // 2]
 
@@ -708,12 +712,12 @@ def student_masks(net, tiles, args):
     masks = torch.empty(n, 1, h, w, dtype=torch.uint8)
     for i in tqdm(torch.arange(n).split(chunk(args)), "masks for the student"):
         img = F.avg_pool2d(tiles.images[i].float(), 2).round().to(torch.uint8)  # (B, 3, H, W)
-        logit = outputs("diffseg", net, img, 4, args).mean(1).cpu()  # (B, H, W); 8 are no better
+        logit = outputs("diffseg", net, img, 4, args).mean(1).cpu()  # (B, H, W); 8: no better masks
         levels = [fit_level(*x) for x in zip(logit, tiles.windows[i], tiles.tags[i], strict=True)]
         margin = (logit - torch.stack(levels)[:, None, None])[:, None].to(args.device)
         known = tiles.known(i)  # (B, 2, 2H, 2W)
         lesion, healthy = (F.avg_pool2d(known, 2) == 1).split(1, 1)  # (B, 1, H, W)
-        margin = torch.where(lesion, 5.0, torch.where(healthy, -5.0, margin))
+        margin = torch.where(lesion, 5.0, torch.where(healthy, -5.0, margin))  # p = 0.007, 0.993
         margin = F.interpolate(crf_refine(margin, img, args), scale_factor=2.0, mode="bilinear")
         lesion, healthy = known.bool().split(1, 1)
         masks[i] = (((margin > 0) | lesion) & ~healthy).to(masks)
@@ -743,7 +747,7 @@ def train(stage, steps, loss_function, mark, args, folder):
             part.load_state_dict(saved[name])
         first, seconds, log = saved["step"], saved["seconds"], saved["log"]
         data.set_rng(saved["rng"], args.device)
-    forward = torch.compile(net) if args.compile else net.train()
+    forward = torch.compile(net) if args.compile else net
     start, losses = time.time() - seconds, []
     bar = tqdm(range(first, steps), f"train {stage}", steps, initial=first, unit="step")
     for step in bar:
@@ -757,7 +761,7 @@ def train(stage, steps, loss_function, mark, args, folder):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         scheduler.step()
-        update_ema(ema, net, min(0.995, (step + 1) / (step + 11)))  # the start is soon forgotten
+        update_ema(ema, net, min(0.995, (step + 1) / (step + 11)))  # short memory at the start
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             log.append([step + 1, sum(losses) / len(losses)])
             losses, seconds = [], time.time() - start
@@ -821,7 +825,7 @@ def run(args):
         nets[stage][0].load_state_dict(weights)
     if args.predict:
         row, folder = state["row"], folder / "predictions"
-        print(f"{row} is the best on validation; its predictions are in {folder}")
+        print(f"{row} is the best on validation; its predictions go to {folder}")
         stage = row.removesuffix("_crf")
         return predict({stage: nets[stage]}, row, args, folder)
     rows = evaluate(nets, test, args)
