@@ -20,8 +20,8 @@ label and calibrated label agree, and labels the images again.
 
 mine/ holds <train|test>/{images,masks}/*. Results: RESULTS
 
-Deviations, with reasons. Beyond its outline nothing of the paper is public: all details are ours
-(O). docs/caudo_diff.md says more, and where it fails.
+Deviations, with reasons. Beyond its outline nothing of the paper is public: all details are ours.
+docs/caudo_diff.md has the equations in order, says more, and where it fails.
 D1  "Guided" means: classifier-free guidance (Eq. 7) by c, with the pixels and a contrast map, a
     colour discriminant fitted to each image (Eq. 3); and each predicted mask moves to the colour
     edges of its image (Eq. 4; --kappa 0 where the object has no colour of its own). Features of the
@@ -33,7 +33,9 @@ D3  The denoiser learns from corrupted masks and from the segmenter's own errors
 D4  Only the first of the rounds calibrates: the denoiser knows the first segmenter's errors.
 D5  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5).
 D6  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
-    chosen on training and validation masks, never on test images.
+    chosen on training and validation masks, never on test images: so that is not quite one-shot.
+D7  Widths in pixels (around the object, of corrupted borders, of a latent) suit 64 x 48; at other
+    sizes only the CRF's follows.
 """
 
 import argparse
@@ -81,7 +83,7 @@ def parse_args(argv=None):
     """Parse and check the command line."""
     about, formatter = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(prog="caudo_diff.py", description=about, formatter_class=formatter)
-    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    add = p.add_argument
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add(
@@ -90,7 +92,12 @@ def parse_args(argv=None):
         default="64x48",
         help="network input: N or WIDTHxHEIGHT, pixels",
     )
-    add("--steps", type=whole(1), default=300, help="training steps of segmenter and denoiser")
+    add(
+        "--steps",
+        type=whole(1),
+        default=300,
+        help="training steps; the autoencoder takes two times as many",
+    )
     add("--batch-size", type=whole(8), default=24, help="images in a training step")
     add("--lr", type=number(1e-9, 10), default=2e-3, help="peak learning rate of AdamW's cosine")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights, batches and noise")
@@ -111,7 +118,8 @@ def parse_args(argv=None):
     add("--rounds", type=whole(1), default=3, help="rounds of calibration and retraining")
     add("--round-steps", type=whole(1), default=100, help="training steps of every round")
     add("--kappa", type=number(0), default=4.0, help="weight of each image's own colour edges")
-    add("--compare", action=on_off, default=True, help="also train what it is compared with")
+    add("--compare", action=argparse.BooleanOptionalAction, default=True,
+        help="also train what it is compared with")  # fmt: skip
     if p.parse_args(argv).quick:
         p.set_defaults(steps=6, round_steps=6, batch_size=8)
     return data.parse_flags(p, argv, METHOD)
@@ -138,13 +146,14 @@ def ddim_step(zt, x0_hat, t, t_next):
     """
     a, a_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
     eps_hat = (zt - math.sqrt(a) * x0_hat) / math.sqrt(1 - a)
-    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 [Caudo, O]
+    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 (ours)
 
 
 def opponent(x):
     """Log colours of x (B, 3, H, W) in [0, 1]: brightness, blue-yellow, red-green, orthonormal.
 
-    They vary nearly independently. No matrix product: bf16 autocast would round it.
+    They vary nearly independently. 0.05: black is not minus infinity. No matrix product, as bf16
+    autocast would round it.
     """
     r, g, b = (x + 0.05).log().unbind(1)
     return torch.stack([(r + g + b) / 3**0.5, (r + g - 2 * b) / 6**0.5, (r - g) / 2**0.5], 1)
@@ -162,7 +171,7 @@ def colour_statistics(x):
 
     Also lit itself, (B, 1, H, W) in [0, 1], about 0 in dark corners and black frames.
     """
-    y, lit = opponent(x), torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)
+    y, lit = opponent(x), torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)  # dark: < 0.15
     n = lit.sum((2, 3), keepdim=True) + 1
     mean = (y * lit).sum((2, 3), keepdim=True) / n
     std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(n).sqrt()
@@ -173,10 +182,11 @@ def contrast_map(x, p):
     """How far each pixel's colour is that of the inside of p: x (B, 3, H, W), p (B, 1, H, W).
 
     Fisher's linear discriminant of the colours inside and outside, fitted to each image alone:
-    (B, 1, H, W), 1 at the mean colour inside, -1 at that outside, near 0 if they do not differ.
+    (B, 1, H, W) in -3..3, towards 1 at the mean colour inside and -1 at that outside, near 0 if
+    these differ by less than the pixels around them (0.3: squared distance in deviations).
     """
     y, inside = opponent(x.float()).flatten(2), p.float().flatten(2)  # (B, 3, N), (B, 1, N)
-    mean, cov = [], 1e-3 * torch.eye(3, device=y.device)
+    mean, cov = [], 1e-3 * torch.eye(3, device=y.device)  # 3 % colour noise: grey images too
     for w in (inside + 1e-4, 1 - inside + 1e-4):
         mean.append((y * w).sum(2, keepdim=True) / w.sum(2, keepdim=True))  # (B, 3, 1)
         d = (y - mean[-1]) * w.sqrt()
@@ -184,17 +194,18 @@ def contrast_map(x, p):
     normal = torch.linalg.solve(cov, mean[0] - mean[1])  # (B, 3, 1)
     far = ((mean[0] - mean[1]) * normal).sum(1, keepdim=True)  # (B, 1, 1) Mahalanobis, squared
     score = (normal * (y - (mean[0] + mean[1]) / 2)).sum(1, keepdim=True)  # (B, 1, N)
-    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 [Caudo, O]
+    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 (ours)
 
 
 def follow_image(x, logits, kappa):
     """Move a mask (logits (B, 1, H, W)) to the colour edges of its image: probabilities.
 
-    ours: the guide in the latent space that a segmenter trained on one exemplar lacks: what is
-    inside and outside differs by other colours in each image, and the image itself tells by which.
+    ours: the guide that a segmenter trained on one exemplar lacks: inside and outside differ by
+    other colours in each image, and the image itself tells by which. With kappa 4 colour counts up
+    to 12, the mask at most 6.
     """
     evidence = F.avg_pool2d(contrast_map(x, logits.sigmoid()), 3, 1, 1, count_include_pad=False)
-    return torch.sigmoid(logits.clamp(-6, 6) + kappa * evidence)  # Eq. 4 [Caudo, O]
+    return torch.sigmoid(logits.clamp(-6, 6) + kappa * evidence)  # Eq. 4 (ours)
 
 
 def guide(x, p, z_p):
@@ -204,13 +215,13 @@ def guide(x, p, z_p):
 
 
 def reliability(p0, p1, power=6):
-    """Weight of each pixel of labels p1, all (B, 1, H, W) in [0, 1]: sure, and agreed with p0.
+    """Weight (B, 1, H, W) in [0, 1] of labels p1: sure, and agreed with p0, of the same shape.
 
     A whole image counts by the Dice of p0 and p1: where calibration changes much, both are wrong
     more often. Two empty labels agree: what holds no object for both is learned as background.
     """
     agreement = overlap_metrics(p0 > 0.5, p1 > 0.5)["dice"].view(-1, 1, 1, 1)
-    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 [Caudo, O]
+    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 (ours)
 
 
 def overlap_metrics(pred, mask):
@@ -317,8 +328,11 @@ class Encoder(nn.Module):
                 self.layers.append(layer)
                 x = layer(x)
                 stride = 2 ** round(math.log2(size[1] / x.shape[3]))
-                self.last[stride], self.channels[stride] = i, x.shape[1]
-        except Exception as error:  # unknown, no pyramid of features, no connection: all kinds
+                if stride > 1:
+                    self.last[stride], self.channels[stride] = i, x.shape[1]
+            if len(self.channels) < 3:
+                raise ValueError("it has no features of growing stride; take a ResNet")
+        except Exception as error:  # unknown, of another kind, no connection
             raise DataError(f"--encoder {name}: {error}") from error
         self.requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -343,7 +357,7 @@ def convs(c_in, c_out, stride=1):
 
 
 class Segmenter(nn.Module):
-    """f: features of an Encoder, of growing stride, or an image -> logits (B, 1, H, W)."""
+    """f: an Encoder's features, or an image (B, 3, H, W) in [0, 1] -> logits (B, 1, H, W)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -420,7 +434,7 @@ class Denoiser(nn.Module):
         a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
         # ours: the head predicts v: x0_hat tends to zt as t goes to 0, where inversion starts
         v = self.head(F.silu(self.norm(h))).float()
-        return a.sqrt() * zt - (1 - a).sqrt() * v  # Eq. 6 [Caudo, O]
+        return a.sqrt() * zt - (1 - a).sqrt() * v  # Eq. 6 (ours)
 
 
 # ==================================================================================================
@@ -479,7 +493,7 @@ def calibrate(ctx, img, p0):
         way = [ae.decode(z).sigmoid()]
         for t, t_next in itertools.pairwise(TIMES[::-1]):  # and down, guided
             free, guided = g(z, t, torch.zeros_like(c)), g(z, t, c)
-            x0_hat = torch.lerp(free, guided, GUIDANCE)  # Eq. 7 [Caudo, O]
+            x0_hat = torch.lerp(free, guided, GUIDANCE)  # Eq. 7 (ours)
             x0_hat = ae.encode(follow_image(x, ae.decode(x0_hat), ctx.args.kappa))
             z = ddim_step(z, x0_hat, t, t_next)
             way.append(ae.decode(z).sigmoid())
@@ -487,13 +501,13 @@ def calibrate(ctx, img, p0):
 
 
 def label(ctx, method, r, images):
-    """Pseudo-labels of round r: indices of up to POOL images, p0 and p1 (n, 1, H, W).
+    """Steps 2, 3, 5: labels of up to POOL images in round r: indices, p0 and p1 (n, 1, H, W).
 
     p0 is by the segmenter of the round before. Only round 1 of Caudo-Diff calibrates: the denoiser
-    knows the errors of the first segmenter alone, and later labels got worse by it.
+    knows the errors of the first segmenter alone, and later labels got worse by it. Else p1 = p0.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(r))
-    index = order[:POOL]  # another part of a large set in every round
+    index = order[:POOL]  # drawn anew in every round
     before = "exemplar" if r == 1 else f"{method}_{r - 1}"
     p0 = p1 = batched(partial(segment, ctx, before), images[index])
     if method == "caudo_diff" and r == 1:
@@ -536,16 +550,15 @@ def evaluate(ctx, test, mask):
 
     mask: the exemplar's, (1, H, W).
     """
-    truth = consensus(test.masks)
-    rows = {"exemplar_copied": means(mask.expand_as(truth), truth)}
-    for row in ("exemplar_only", "self_training", "full_supervision", "caudo_diff"):
+    truth, probs = consensus(test.masks), {}
+    for row in ("exemplar_only", "self_training", "caudo_diff", "full_supervision"):
         stage = row if row == "full_supervision" else f"{row}_{ctx.args.rounds}"
         if stage in ctx.nets:
-            p = batched(partial(segment, ctx, stage), test.images)
-            rows[row] = means(p > 0.5, truth)
-    refined = batched(crf_refine, p, test.images)
-    rows["caudo_diff_crf"] = means(refined > 0.5, truth)
-    return {row: rows[row] for row in ROWS if row in rows}, p > 0.5
+            probs[row] = batched(partial(segment, ctx, stage), test.images)
+    probs["exemplar_copied"] = mask.float().expand_as(truth)
+    probs["caudo_diff_crf"] = batched(crf_refine, probs["caudo_diff"], test.images)
+    rows = {row: means(probs[row] > 0.5, truth) for row in ROWS if row in probs}
+    return rows, probs["caudo_diff"] > 0.5
 
 
 def evaluate_labels(ctx, images, truth):
@@ -618,7 +631,7 @@ class Expansion:
         h, w = mask.shape[1:]
         y, x = mask[0].nonzero().float().mean(0).tolist()
         self.centre = torch.tensor([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1])  # in [-1, 1]
-        # the object's radius, were it a disc, in sides of the image; colours 1 to 7 px around it
+        # the object's radius, were it a disc, in sides of the image; colours 2 to 7 px around it
         self.radius = math.sqrt(self.mask.mean().item() / math.pi)
         ring = F.max_pool2d(self.mask, 15, 1, 7) - F.max_pool2d(self.mask, 3, 1, 1)
         self.around = (opponent(self.img) * ring).sum((2, 3), keepdim=True) / (ring.sum() + 1e-6)
@@ -631,7 +644,7 @@ class Expansion:
         n, (h, w) = len(scale), self.img.shape[2:]
         turn = 2 * math.pi * torch.rand(n)  # any angle, and mirrored or not
         flip = torch.randint(0, 2, (n,)) * 2 - 1
-        squeeze = torch.exp(0.2 * torch.randn(n))  # wider and lower by 22 % (deviation), or back
+        squeeze = torch.exp(0.2 * torch.randn(n))  # narrower and higher by 22 % (deviation)
         cos, sin, ratio = turn.cos() / scale, turn.sin() / scale, w / h
         rows = [cos * squeeze * flip, -sin / ratio / squeeze, sin * ratio * squeeze * flip]
         matrix = torch.stack([*rows, cos / squeeze], 1).view(n, 2, 2)
@@ -677,15 +690,16 @@ class Expansion:
         k = max(1, b // 3)
         parts = zip(self.recoloured(b - k), self.pasted(k), strict=True)
         y, m = (torch.cat(part) for part in parts)
-        # the object's contrast: 0.3 to 1.5 times what it is, in each colour +- 0.2 (one deviation)
+        # the object's contrast to the rest
         area, rest = (w.sum((2, 3), keepdim=True) + 1 for w in (m, 1 - m))
         contrast = (y * m).sum((2, 3), keepdim=True) / area
         contrast = contrast - (y * (1 - m)).sum((2, 3), keepdim=True) / rest
-        # with a border between sharp and 5 px wide
+        # becomes 0.3 to 1.5 times what it is, in each colour +- 0.2 (one deviation), within a
+        # border between sharp and 5 px wide
         soft = torch.lerp(m, F.avg_pool2d(m, 5, 1, 2), uniform(0, 1, b).to(m))
         gain = uniform(-0.7, 0.5, b) + 0.2 * torch.randn(b, 3, 1, 1)
         y = y + soft * gain.to(m) * contrast
-        # and a texture of 7 bumps a side, up to 20 % brighter or darker (one deviation)
+        # and it has a texture of 7 bumps a side, up to 12 % brighter or darker (one deviation)
         y[:, :1] += soft * (uniform(0, 0.2, b) * field(b, 7, m.shape[2:])).to(m)
         return data.augment(from_opponent(y), (m > 0.5).float())
 
@@ -707,10 +721,11 @@ def corrupt(p):
     b, size = len(p), p.shape[2:]
     soft = F.avg_pool2d(p, 7, 1, 3, count_include_pad=False)
     soft = F.avg_pool2d(soft, 7, 1, 3, count_include_pad=False)
-    # The border is now a slope 13 px wide, from 1 inside to -1; it moves with the level, evenly
-    # and in 4 and 8 waves a side.
-    level = uniform(-0.7, 0.7, b) + uniform(0, 0.6, b) * field(b, 4, size)
-    level = 2 * soft - 1 + (level + uniform(0, 0.45, b) * field(b, 8, size)).to(p)
+    # The border is a slope 13 px wide now, from level 1 inside over 0 to -1. A shift of the level
+    # moves it: evenly, and in 4 and 8 waves a side.
+    shift = uniform(-0.7, 0.7, b) + uniform(0, 0.6, b) * field(b, 4, size)
+    shift = shift + uniform(0, 0.45, b) * field(b, 8, size)
+    level = 2 * soft - 1 + shift.to(p)
     # False blobs, in 29 % of the masks, and holes, in 33 %: where a field of 6 or 5 bumps is high.
     add = (uniform(-3, 1.2, b).clamp(min=0) * (1.3 * field(b, 6, size) - 0.8)).to(p)
     drop = (uniform(-3, 1.5, b).clamp(min=0) * (1.3 * field(b, 5, size) - 0.6)).to(p)
@@ -719,20 +734,20 @@ def corrupt(p):
     return torch.sigmoid(level * uniform(2, 12, b).to(p))  # from unsure to nearly hard
 
 
-def draw_pairs(ctx, expansion, labels=None):
-    """A batch of the segmenter: its input, masks and weights (B, 1, H, W).
+def draw_pairs(ctx, expansion, pool=None):
+    """A batch of the segmenter, steps 2 and 6: its input, masks and weights (B, 1, H, W).
 
-    Pairs of the expansion and, with labels, five times as many images. labels: None, or images
-    uint8 (N, 3, H, W) and their masks and weights, float (N, 1, H, W).
+    Pairs of the expansion alone; or, with a pool, a sixth of them and else pseudo-labelled images.
+    pool: images uint8 (N, 3, H, W), their labels and weights, float (N, 1, H, W).
     """
-    n = ctx.args.batch_size * 5 // 6 if labels else 0
+    n = ctx.args.batch_size * 5 // 6 if pool else 0
     x, m = expansion(ctx.args.batch_size - n)
     w = torch.ones_like(m)
-    if labels:
-        i = torch.randint(len(labels[0]), (n,))
-        img, *rest = (y[i].to(x.device).float() for y in labels)
-        img, rest = data.augment(img / 255, torch.cat(rest, 1))
-        x, m, w = torch.cat([x, img]), torch.cat([m, rest[:, :1]]), torch.cat([w, rest[:, 1:]])
+    if pool:
+        i = torch.randint(len(pool[0]), (n,))
+        img, label, weight = (tensor[i].to(x.device).float() for tensor in pool)
+        img, both = data.augment(img / 255, torch.cat([label, weight], 1))
+        x, m, w = torch.cat([x, img]), torch.cat([m, both[:, :1]]), torch.cat([w, both[:, 1:]])
     return ctx.encoder(strong_view(x)), m, w
 
 
@@ -746,7 +761,7 @@ def draw_labelled(ctx, labelled):
 
 
 def draw_masks(ctx, expansion):
-    """A batch of the autoencoder: masks (2 B, 1, H, W), whole and corrupted, and latent noise."""
+    """A batch of the autoencoder, step 3: masks (2 B, 1, H, W), half of them bad, and noise."""
     m = expansion(ctx.args.batch_size)[1]
     m = torch.cat([m, corrupt(m)])
     h, w = ctx.args.size
@@ -755,9 +770,10 @@ def draw_masks(ctx, expansion):
 
 @torch.no_grad()
 def draw_latents(ctx, expansion):
-    """A batch of the denoiser: zt (B, 8, h, w), t (B,), the guide c and the target z0.
+    """A batch of the denoiser, step 4: zt (B, 8, h, w), t (B,), the guide c and the target z0.
 
-    A corrupted mask guides, the true mask is the target.
+    A corrupted mask guides: in 60 % of the pairs what the segmenter says, else the true mask. The
+    true mask is the target. 15 % are unguided, c = 0, for classifier-free guidance.
     """
     b, (x, m) = ctx.args.batch_size, expansion(ctx.args.batch_size)
     x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
@@ -767,7 +783,7 @@ def draw_latents(ctx, expansion):
     p = corrupt(torch.where(uniform(0, 1, b).to(x) < 0.6, p, m))
     with autocast(ctx.args):
         z0, z_p = ctx.nets["autoencoder"].encode(m), ctx.nets["autoencoder"].encode(p)
-    c = guide(x, p, z_p) * (uniform(0, 1, b) > 0.15).to(x)  # c = 0: unguided
+    c = guide(x, p, z_p) * (uniform(0, 1, b) > 0.15).to(x)
     t = torch.randint(T, (b,)).to(x.device)
     return add_noise(z0, t, torch.randn(z0.shape).to(x)), t, c, z0
 
@@ -792,7 +808,7 @@ def denoiser_loss(net, zt, t, c, z0):
     """Mean squared error of v, the network's own output, of a batch of draw_latents."""
     a = ALPHA_BAR.to(z0.device)[t][:, None, None, None]
     # an error of v is sqrt(1 - a) as large in x0_hat: divided by 1 - a, ctx is the MSE of v
-    return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 [Caudo, O]
+    return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 (ours)
 
 
 @torch.no_grad()
@@ -821,7 +837,7 @@ def train(ctx, stage, start, draw, loss_function, steps):
     args, file = ctx.args, ctx.folder / f"last_{stage}.pt"
     torch.manual_seed(int(data.fingerprint(args.seed, stage)[:8], 16))
     net = copy.deepcopy(start).requires_grad_(True) if start else build(stage, ctx.encoder)
-    net = net.to(args.device, memory_format=torch.channels_last)
+    net = net.train().to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
 
@@ -839,10 +855,9 @@ def train(ctx, stage, start, draw, loss_function, steps):
         opt.load_state_dict(state["opt"])
         schedule.load_state_dict(state["schedule"])
         data.set_rng(state["rng"], args.device)
-    forward, start = torch.compile(net) if args.compile else net, time.time() - seconds
+    forward, begin = torch.compile(net) if args.compile else net, time.time() - seconds
     bar = tqdm(total=steps, initial=step, desc=stage, unit="step", disable=step == steps)
     while step < steps:
-        net.train()
         batch = draw()  # in float32: bf16 would round the warps' grids by up to a quarter pixel
         with autocast(args):
             loss = loss_function(forward, *batch)
@@ -860,7 +875,7 @@ def train(ctx, stage, start, draw, loss_function, steps):
         bar.update()
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if step % args.save_every == 0 or step == steps:
-            seconds = time.time() - start
+            seconds = time.time() - begin
             state = {"method": METHOD, "args": vars(args), "data": ctx.listing, "step": step}
             state |= {"seconds": seconds, "smooth": smooth, "ema": ema.state_dict()}
             if step < steps:
@@ -904,19 +919,23 @@ def choose_exemplar(train_set, wanted):
 
 
 def train_all(ctx, expansion, images, labelled):
-    """Train all stages in order; labelled: the set with its masks, for the ceiling, or None."""
+    """Train all stages, steps 2, 3, 4 and 6; labelled: the set with its masks, or None.
+
+    All rows of the table take as many steps from the same start; full supervision, the ceiling,
+    takes as many with the masks of all images.
+    """
     n, rounds, pairs = ctx.args.steps, ctx.args.rounds, partial(draw_pairs, ctx, expansion)
     masks, latents = partial(draw_masks, ctx, expansion), partial(draw_latents, ctx, expansion)
     first = train(ctx, "exemplar", None, pairs, segmenter_loss, n)
     train(ctx, "autoencoder", None, masks, autoencoder_loss, 2 * n)
     train(ctx, "denoiser", None, latents, denoiser_loss, n)
     for method in ("caudo_diff", "self_training", "exemplar_only")[: 3 if labelled else 1]:
-        net, labels = first, None
+        net, pool = first, None
         for r in range(1, rounds + 1):
             if method != "exemplar_only":
                 index, p0, p1 = label(ctx, method, r, images)
-                labels = images[index], (p1 > 0.5).float(), reliability(p0, p1)
-            draw = partial(pairs, labels)
+                pool = images[index], (p1 > 0.5).float(), reliability(p0, p1)
+            draw = partial(pairs, pool)
             net = train(ctx, f"{method}_{r}", net, draw, segmenter_loss, ctx.args.round_steps)
     if labelled:
         steps, draw = n + rounds * ctx.args.round_steps, partial(draw_labelled, ctx, labelled)
@@ -951,10 +970,11 @@ def run(args):
     if not others:
         raise DataError(f"{root}: no unlabelled image beside the exemplar; add some")
     mask = data.load_mask(args.data, root, "train", exemplar, args.size)  # (1, H, W)
+    if mask.all():
+        raise DataError(f"--exemplar {exemplar}: its mask covers the whole image; name another")
     labelled = load("train") if args.compare else None  # for the ceiling and the table alone
     images = train_set.images[others]
-    listing = data.fingerprint(train_set.listing, exemplar, mask.sum().item())
-    expansion = Expansion(train_set.images[i], mask, images, args.device)
+    listing = data.fingerprint((labelled or train_set).listing, exemplar, mask.tolist())
     if args.eval_only:
         ctx = load_run(args, folder, listing)
     else:
@@ -962,13 +982,14 @@ def run(args):
         if not args.resume:
             data.fresh_folder(folder)
         ctx = Context(args, folder, listing, encoder, {}, {})
+        expansion = Expansion(train_set.images[i], mask, images, args.device)
+        draw_expansion(expansion, folder / "figures" / "expansion.png")
         train_all(ctx, expansion, images, labelled)
         nets = {stage: net.state_dict() for stage, net in ctx.nets.items()}
         state = {"method": METHOD, "args": vars(args), "data": listing, "seconds": ctx.seconds}
         state |= {"nets": nets, "encoder": encoder.state_dict()}
         data.save_checkpoint(state, folder / "best.pt")
     rows, pred = evaluate(ctx, test, mask)
-    draw_expansion(expansion, folder / "figures" / "expansion.png")
     figure = folder / "figures" / "calibration.png"
     draw_calibration(ctx, test, pred, figure)
     more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}
