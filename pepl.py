@@ -540,13 +540,9 @@ def try_step(args, n_classes):
     """Load weights, go forward and back on a full batch: what does not work fails at once."""
     net, n = Classifier(args, n_classes, args.pretrained).to(args.device), args.batch_size
     n *= 1 if args.method == ["supervised"] else 1 + args.mu
-    try:
-        with autocast(args):
-            logits, _ = net(torch.zeros(n, 3, *args.size, device=args.device))
-        logits.sum().backward()
-    except torch.cuda.OutOfMemoryError as error:
-        why = f"a step's {n} images of {args.size[1]} x {args.size[0]} px do not fit into memory"
-        raise DataError(f"{why}: lower --batch-size, --mu or --size") from error
+    with autocast(args):
+        logits, _ = net(torch.zeros(n, 3, *args.size, device=args.device))
+    logits.sum().backward()
 
 
 class Learner:
@@ -719,7 +715,13 @@ def run(args):
 def main(argv=None):
     """Run the command line; foreseeable errors become one line and exit status 2."""
     with data.one_line_errors("pepl.py"):
-        run(parse_args(argv))
+        try:
+            run(parse_args(argv))
+        except torch.cuda.OutOfMemoryError as error:
+            todo = "lower --batch-size, --mu or --size"
+            raise DataError(
+                f"a training step does not fit into the GPU's memory: {todo}"
+            ) from error
 
 
 if __name__ == "__main__":
