@@ -43,7 +43,7 @@ def make_folder(root, n=6, noise=False):
             mask[y : y + 9, x : x + 12] = True
             img = np.where(mask, 90, 200) + rng.integers(-9, 9, mask.shape)
             if noise and split == "train" and i:
-                mask = rng.random(mask.shape) > 0.5
+                mask = np.random.default_rng(i).random(mask.shape) > 0.5
             Image.fromarray(img.astype(np.uint8)).save(root / split / "images" / f"img{i}.png")
             Image.fromarray(mask).save(root / split / "masks" / f"img{i}.png")
     return root
