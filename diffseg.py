@@ -17,11 +17,12 @@ threshold give other outputs, as of other annotators; where these differ the res
     python diffseg.py --data folder --data-root mine      mine/<train|val|test>/{images,masks}/*
     python diffseg.py --predict photo.jpg --checkpoint out/diffseg/isic2018/seed0/best.pt
 
-Results: RESULTS
+Results on ISIC (300 test images, 64 x 48 px, 1,860 steps of 24, one seed, 73 minutes of training on
+one core of a busy CPU), Dice: student 0.878, DiffSeg + CRF 0.843, U-Net on all masks 0.899.
 
 Deviations from the paper, with reasons (docs/diffseg.md says more):
-D1  One conditional network instead of two: half the memory. D2  The lesion-free counterparts come
-    from implantation; the paper does not say where its do.
+D1  One conditional network instead of two: half the memory.
+D2  The lesion-free counterparts come from implants; the paper does not say where its do.
 D3  Supervision is 48 tags an image, each of one random tile (healthy, lesion or partly lesion); the
     masks of the training set serve those tags alone (who has tags and no masks replaces tag_tiles).
     The validation split, with masks, chooses thresholds and the row that --predict uses.

@@ -46,7 +46,7 @@ SUMMARY = [
         "48 tagged tiles an image",
         "`python diffseg.py --data isic2018`",
         "diffseg_isic2018_seed*.json",
-        ("diffseg_student_crf", "otsu", "unet"),
+        ("diffseg_student", "otsu", "unet"),
         "dice",
         "coloured patches",
     ),
