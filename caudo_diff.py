@@ -992,12 +992,12 @@ def run(args):
     figure = folder / "figures" / "calibration.png"
     draw_calibration(ctx, test, pred, figure)
     more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}
-    data.print_table(rows, {})
+    data.print_table(rows)
     if labelled:
         labels, dice = evaluate_labels(ctx, images, consensus(labelled.masks[others]))
         more |= {"pseudo_labels": labels, "dice_of_labels_by_round": dice}
         print("\nPseudo-labels of the first round:")
-        data.print_table(labels, {})
+        data.print_table(labels)
     data.write_result(folder / "result.json", args, METHOD, rows, seconds=ctx.seconds, **more)
     print(f"\n{len(test)} test images, exemplar {exemplar}. Open {figure}")
 

@@ -235,12 +235,12 @@ def write_result(path, args, method, rows, **more):
     os.replace(temp, path)
 
 
-def print_table(rows, names):
-    """Print rows {row: {metric: x}}; names: how rows are called."""
+def print_table(rows):
+    """Print rows {row: {metric: x}}."""
     metrics = list(next(iter(rows.values())))
     print(f"\n{'':24}" + "".join(f"{m.replace('thresholded_', 'thr. '):>14}" for m in metrics))
     for row, values in rows.items():
-        print(f"{names.get(row, row):24}" + "".join(f"{values[m]:14.3f}" for m in metrics))
+        print(f"{row:24}" + "".join(f"{values[m]:14.3f}" for m in metrics))
 
 
 # ==================================================================================================

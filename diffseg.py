@@ -837,7 +837,7 @@ def run(args):
     more["ambiguity"] = {row: worth_of_ambiguity(rows[row]) for row in rows if row != "otsu"}
     draw_panel(nets, test, rows, args, figure)
     data.write_result(folder / "result.json", args, METHOD, table, **more)
-    data.print_table(table, {})
+    data.print_table(table)
     print(f"\n{len(test)} test images of {args.data}; means over images. Open {figure}")
 
 
