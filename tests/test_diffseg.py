@@ -128,7 +128,7 @@ def test_implants_change_nothing_outside_their_blob():
 
 
 def test_thresholds_have_the_best_dice_and_their_spread_the_lowest_ged(monkeypatch):
-    args, ramp = diffseg.parse_args(TINY), torch.linspace(0.02, 0.98, 32).expand(4, 4, 16, 32)
+    args, ramp = diffseg.parse_args(TINY), torch.linspace(0.02, 0.98, 32).expand(4, 6, 16, 32)
     monkeypatch.setattr(diffseg, "outputs", lambda *_: torch.logit(ramp))
     raters = ramp[:, :3] > torch.tensor([0.4, 0.5, 0.6])[:, None, None]
     for masks, wide in ((raters, True), (raters[:, 1:2], False)):
