@@ -24,8 +24,8 @@ Deviations from the paper (D), whose code is not public, with reasons; docs/pepl
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
 D2  First the mix, then the strong augmentation: map and picture agree, whatever turns the picture.
 D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
-D4  Eq. 3 starts at 1/C, which would keep every label for the first 100 steps: so at most the share
-    of labels is kept of which training is over. beta = 0.99, not 0.999: our runs are shorter.
+D4  Eq. 3 starts at 1/C, which would keep every label for the first 100 steps: hence --tau-floor.
+    beta = 0.99, not 0.999: our runs are shorter.
 D5  With --align, q is aligned to the labelled images' class shares [ReMixMatch], and these are the
     class expectations of Eq. 5 (Eqs. 3, 4 still see the q before): classes said too seldom no
     longer get low thresholds.
@@ -104,6 +104,7 @@ def parse_args(argv=None):
         help="pixels a cell of the maps, but for tiny",
     )
     add("--warm-up", type=share, default=0.2, help="share of steps on labelled images alone")
+    add("--tau-floor", type=share, default=0.8, help="no class threshold lies below (ours)")
     add("--align", action="store_true", help="distribution alignment of pseudo-labels")
     add("--mix-start", type=share, default=0.5, help="share of steps before mixing starts")
     add("--mix-share", type=share, default=0.5, help="share of images mixed from then on")
@@ -126,9 +127,10 @@ def parse_args(argv=None):
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
     if args.pretrained:  # chosen on training images of 100 species of CUB
         p.set_defaults(steps=700, lr_backbone=0.01, warm_up=0.4, mix_start=0.6, align=True)
+        p.set_defaults(tau_floor=0.5)  # many classes: few labels are surer
         p.set_defaults(freeze=3 if args.arch.startswith("eff") else 2)  # what precedes stride 16
     if args.quick:
-        p.set_defaults(steps=6, batch_size=8, save_every=2)
+        p.set_defaults(steps=6, batch_size=8, save_every=2, tau_floor=0)  # nothing is sure so soon
     if args.ablate:
         p.set_defaults(method=METHODS)
     args = data.parse_flags(p, argv, METHOD)
@@ -497,17 +499,14 @@ def strong_augment(x):
     return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout: a third of the side
 
 
-def pseudo_label(method, q, tau, p, prior, done, args):
-    """Phase I: Target of images, not mixed, of which a network says q (B, C).
-
-    done in [0, 1]: share of the training that is over, the most that is kept (but by FixMatch).
-    """
+def pseudo_label(method, q, tau, p, prior, args):
+    """Phase I: Target of images, not mixed, of which a network says q (B, C)."""
     if args.align and method != "supervised":
         q, p = align(q, p, prior), prior  # prior: what q is expected to be now
     confidence, y = q.max(1)
-    floor = confidence.quantile(1 - done)  # ours, see D4
-    fixed = method in ("supervised", "fixmatch")
-    limits = TAU if fixed else class_thresholds(tau, p)[y].maximum(floor)
+    limits = class_thresholds(tau, p).clamp(min=args.tau_floor)[y]  # ours: the floor, see D4
+    if method in ("supervised", "fixmatch"):
+        limits = TAU
     return Target(y, y, 1.0, 0.0, confidence >= limits)
 
 
@@ -613,8 +612,7 @@ def train(method, train_set, split, args, folder, header):
             x_u = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
             q, features = look(it.ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
             it.tau, it.p = update_thresholds(it.tau, it.p, q, BETA)
-            done = it.step / args.steps
-            target_u = pseudo_label(method, q, it.tau, it.p, prior, done, args)
+            target_u = pseudo_label(method, q, it.tau, it.p, prior, args)
             if mixes and it.step >= args.mix_start * args.steps:
                 x_u, target_u = mix_batch(method, x_u, target_u, features, it.ema.head, args)
             x.append(strong_augment(x_u))
@@ -636,7 +634,7 @@ def train(method, train_set, split, args, folder, header):
         bar.update()
         if it.step % args.save_every == 0 or it.step == args.steps:
             q = classify(it.ema, images[watched], args).to(args.device)
-            found = pseudo_label(method, q, it.tau, it.p, prior, it.step / args.steps, args)
+            found = pseudo_label(method, q, it.tau, it.p, prior, args)
             right = (found.y_a == labels[watched]).float()  # true labels: for the log alone
             shares = right.mean(), right[found.keep].sum() / found.keep.sum().clamp(min=1)
             row = [loss, *shares, found.keep.float().mean(), it.tau]

@@ -84,17 +84,18 @@ def test_pseudo_labels_of_each_method():
     q, prior = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.4, 0.6]]), torch.tensor([0.5, 0.5])
     tau, p = torch.tensor(0.7), torch.tensor([0.6, 0.4])  # class thresholds 0.7 and 0.47
 
-    def keep(method, done, *flags):
-        found = pepl.pseudo_label(method, q, tau, p, prior, done, pepl.parse_args([*flags]))
+    def keep(method, floor, *flags):
+        args = pepl.parse_args(["--tau-floor", floor, *flags])
+        found = pepl.pseudo_label(method, q, tau, p, prior, args)
         assert found.y_a.tolist() == [0, 0, 1]
         return found.keep.tolist()
 
-    assert keep("freematch", 1.0) == keep("pepl", 1.0) == [True, False, True]
-    assert keep("pepl", 0.1) == [True, False, False]  # early, the surest only
-    assert keep("fixmatch", 1.0) == [False, False, False]
+    assert keep("freematch", "0") == keep("pepl", "0") == [True, False, True]
+    assert keep("pepl", "0.75") == [True, False, False]
+    assert keep("fixmatch", "0") == [False, False, False]
     by_hand = [[a / 0.6 / (a / 0.6 + b / 0.4), b / 0.4 / (a / 0.6 + b / 0.4)] for a, b in q]
     torch.testing.assert_close(pepl.align(q, p, prior), torch.tensor(by_hand))
-    assert keep("pepl", 1.0, "--align") == [True, False, False]  # 0.73, 0.5, 0.69
+    assert keep("pepl", "0", "--align") == [True, False, False]  # 0.73, 0.5, 0.69
 
 
 def test_semantic_mix_against_brute_force_and_changes_nothing_else():

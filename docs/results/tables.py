@@ -34,6 +34,7 @@ NAMES = {
     "caudo_diff_crf": "Caudo-Diff + CRF",
     "full_supervision": "full supervision",
     "thresholded_jaccard": "thr. Jaccard",
+    "dice": "Dice",
     "iou": "IoU",
     "ged": "GED",
 }
@@ -48,7 +49,25 @@ SUMMARY = [
         "diffseg_isic2018_seed*.json",
         ("diffseg_student", "otsu", "unet"),
         "dice",
-        "coloured patches",
+        "ink on the skin",
+    ),
+    (
+        "[PEPL](docs/pepl.md)",
+        "1 image in 10",
+        "`python pepl.py`",
+        "pepl_synthetic_seed*.json",
+        ("pepl", "supervised", None),
+        "accuracy",
+        "photographs: not measured",
+    ),
+    (
+        "[Caudo-Diff](docs/caudo_diff.md)",
+        "1 image",
+        "`python caudo_diff.py --data isic2018`",
+        "caudo_diff_isic2018_*.json",
+        ("caudo_diff", "self_training", "full_supervision"),
+        "dice",
+        "chest X-rays, patches",
     ),
 ]
 
