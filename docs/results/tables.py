@@ -43,7 +43,7 @@ NAMES = {
 # ceiling) among their rows, the metric, and where the method fails.
 SUMMARY = [
     (
-        "[DiffSeg](docs/diffseg.md)",
+        "DiffSeg",
         "48 tagged tiles an image",
         "`python diffseg.py --data isic2018`",
         "diffseg_isic2018_seed*.json",
@@ -52,7 +52,7 @@ SUMMARY = [
         "ink on the skin",
     ),
     (
-        "[PEPL](docs/pepl.md)",
+        "PEPL",
         "1 image in 10",
         "`python pepl.py`",
         "pepl_synthetic_seed*.json",
@@ -61,7 +61,7 @@ SUMMARY = [
         "photographs: not measured",
     ),
     (
-        "[Caudo-Diff](docs/caudo_diff.md)",
+        "Caudo-Diff",
         "1 image",
         "`python caudo_diff.py --data isic2018`",
         "caudo_diff_isic2018_*.json",
