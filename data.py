@@ -20,8 +20,9 @@ import os
 import shlex
 import shutil
 import sys
-import tarfile
 import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from filelock import FileLock  # comes with torch
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018"
@@ -376,11 +378,17 @@ def read_image(path, size=None):
 def read_mask(path, image, size=None):
     """Read a mask file as uint8 (1, H, W) in {0, 1}; size = (H, W) resizes by area, then at half.
 
-    Two values on black: 0/1, 0/255, one colour, a palette and anti-aliased edges are fine. A mask
-    without EXIF rotation, of the stored size of its image, is rotated as the image is. DataError
-    if there are more values (class labels), the sizes differ, or both ways to rotate it would fit.
+    Two values on black: 0/1, 0/255, one colour, a palette and anti-aliased edges are fine. Image
+    and mask are each turned by their own EXIF tag, if any. Raises DataError if there are more
+    values (class labels) or the sizes differ.
     """
-    mask = _turn_like(path, image)
+    mask = _open(path, paper="black")
+    with Image.open(image) as img:  # reads no pixels
+        lies = img.getexif().get(ExifTags.Base.Orientation, 1) > 4  # 5 to 8: turned by a quarter
+        upright = img.size[::-1] if lies else img.size
+    if mask.size != upright:
+        why = f"its size {mask.size} differs from that of its image {image}, {upright}"
+        raise DataError(f"{path}: {why}; save both upright")
     rgb = np.asarray(mask)  # (H, W, 3)
     level = rgb.max(2)  # so that a pure colour counts as much as white
     top = float(level.max())
@@ -396,26 +404,6 @@ def read_mask(path, image, size=None):
     img = Image.fromarray((level > top / 2).astype(np.uint8) * 255)
     img = img.resize((size[1], size[0]), Image.Resampling.BOX) if size else img
     return torch.from_numpy((np.asarray(img) >= 128).astype(np.uint8))[None]  # (1, H, W)
-
-
-def _turn_like(path, image):
-    """Open the mask at path upright; see read_mask."""
-    mask, stored, turn = _open(path, paper="black"), [], []
-    for file in (path, image):
-        with Image.open(file) as img:
-            stored.append(img.size)
-            turn.append(img.getexif().get(0x0112, 1))  # EXIF orientation; 5 to 8 swap the sides
-    upright = stored[1][::-1] if turn[1] > 4 else stored[1]
-    if turn[0] == 1 < turn[1] and mask.size == stored[1]:
-        if stored[1] == upright:
-            why = "is turned by EXIF, the mask may or may not be; save both upright"
-            raise DataError(f"{path}: its image {image} {why}")
-        mask.getexif()[0x0112] = turn[1]
-        mask = ImageOps.exif_transpose(mask)
-    if mask.size != upright:
-        why = f"its size {mask.size} differs from that of its image {image}, {upright}"
-        raise DataError(f"{path}: {why}")
-    return mask
 
 
 # ==================================================================================================
@@ -613,8 +601,8 @@ class ClassificationSet:
 def load_classification(name, root, split, size, limit=None, workers=8):
     """Load "train" or "test" at size = (H, W), whatever the image's shape, as a ClassificationSet.
 
-    name: synthetic | folder | cub200 | cars | aircraft | flowers102 | pets. limit: about so many
-    images, evenly spaced in the list. Raises DataError for bad data and failed downloads.
+    name: synthetic | folder | cub200 | aircraft | flowers102 | pets. limit: about so many images,
+    evenly spaced in the list. Raises DataError for bad data and failed downloads.
     """
     root = Path(root)
     if name == "synthetic":
@@ -683,27 +671,20 @@ def _torchvision(name, root, split):
     from torchvision import datasets  # here: the segmentation scripts do without it
 
     loader, train_parts = {
-        "cars": (datasets.StanfordCars, ["train"]),
         "aircraft": (datasets.FGVCAircraft, ["trainval"]),
         "flowers102": (datasets.Flowers102, ["train", "val"]),
         "pets": (datasets.OxfordIIITPet, ["trainval"]),
     }[name]
-    todo = "check the network and run again"
-    if name == "cars":  # its address is dead
-        todo = "it cannot be downloaded any more: put cars_train/, cars_test/, devkit/ and "
-        todo += f"cars_test_annos_withlabels.mat into {root / 'stanford_cars'}"
     try:
         parts = train_parts if split == "train" else ["test"]
-        sets = [loader(root, split=part, download=name != "cars") for part in parts]
+        sets = [loader(root, split=part, download=True) for part in parts]
     except Exception as error:  # of the network, the archive or a missing scipy: all kinds
-        raise DataError(f"{name} in {root}: {' '.join(str(error).split())}; {todo}") from error
+        why = " ".join(str(error).split())
+        raise DataError(f"{name} in {root}: {why}; check the network and run again") from error
     sources = []
     for part in sets:
-        if name == "cars":
-            files, labels = zip(*part._samples, strict=True)
-        else:
-            files, labels = getattr(part, "_image_files", None) or part._images, part._labels
-        sources += zip(map(Path, files), labels, strict=True)
+        files = getattr(part, "_image_files", None) or part._images
+        sources += zip(map(Path, files), part._labels, strict=True)
     n = max(label for _, label in sources) + 1
     classes = getattr(sets[0], "classes", None)  # flowers102 has none before torchvision 0.22
     return sources, list(classes or (f"class {k + 1}" for k in range(n)))
@@ -743,23 +724,10 @@ def _fetch(url, folder, note):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f"{url.split('/')[-1]}.part")
-    with open(part.with_suffix(".lock"), "w") as file:
-        _lock(file)  # two runs that need the same archive: the second waits
+    with FileLock(part.with_suffix(".lock")):  # two runs that need the same archive: one waits
         if not folder.is_dir():
             _download(url, part, note)
             _unpack(part, folder)
-
-
-def _lock(file):
-    """Wait until no other process holds this file; it is free again when the file is closed."""
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # an OSError after ten seconds
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _download(url, part, note):
@@ -785,29 +753,20 @@ def _download(url, part, note):
 
 def _unpack(part, folder):
     """Unpack an archive's folder of the same name and delete the archive."""
-    temp = folder.with_name(f".{folder.name}")
-    kind, safe = "zip" if part.name.endswith(".zip.part") else "gztar", {}
-    corrupt = (shutil.ReadError, gzip.BadGzipFile)  # OSErrors, but no trouble with the disk
+    temp, kind = folder.with_name(f".{folder.name}"), "zip" if ".zip" in part.name else "gztar"
     try:
-        shutil.rmtree(temp, ignore_errors=True)
-        if kind == "gztar":
-            with gzip.open(part) as file, open(os.devnull, "wb") as nowhere:
-                shutil.copyfileobj(
-                    file, nowhere
-                )  # tarfile overlooks damage; the check sum does not
-            if hasattr(tarfile, "data_filter"):  # not in Python before 3.10.12 and 3.11.4
-                safe["filter"] = "data"  # no path leaves temp; zip files are always unpacked so
-        shutil.unpack_archive(part, temp, kind, **safe)
+        if kind == "gztar":  # tarfile overlooks damage that the check sum shows
+            with gzip.open(part) as file:
+                while file.read(1 << 24):
+                    pass
+        shutil.unpack_archive(part, temp, kind)
         os.replace(temp / folder.name, folder)
-        part.unlink()
-    except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, corrupt):
-            todo = "make room, run again"
-            raise DataError(f"{part}: cannot be unpacked ({error}); {todo}") from error
+    except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
         part.unlink()
         raise DataError(f"{part}: corrupt ({error}), now deleted; run it again") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+    part.unlink()
 
 
 # ==================================================================================================

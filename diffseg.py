@@ -40,6 +40,7 @@ import copy
 import math
 import os
 import time
+from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
@@ -48,6 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import roi_align
 from tqdm import tqdm
 
 import data
@@ -97,7 +99,7 @@ def parse_args(argv=None):
     on_off = argparse.BooleanOptionalAction
     add("--compare", action=on_off, default=True, help="also train the supervised U-Net")
     add("--width", type=int, default=32, choices=[16, 32, 48, 64], help="channels of the U-Nets")
-    add("--outputs", type=whole(1), default=8, help="N outputs an image, 2 N network calls (ours)")
+    add("--outputs", type=whole(1), default=16, help="N outputs an image, 2 N network calls (ours)")
     args = p.parse_args(argv)
     if args.data != "synthetic":
         p.set_defaults(steps=1860)
@@ -188,24 +190,18 @@ def otsu_threshold(x, bins=256):
 
 
 def random_blobs(b, size):
-    """Random soft star-convex blobs (B, 1, H, W) in [0, 1].
-
-    Radius 5 to 60 % of the width, outline a Fourier series, edge from sharp to a quarter radius.
-    """
+    """Random soft blobs (b, 1, H, W) in [0, 1]: discs of 5 to 60 % of the width, bent by noise."""
     h, w = size
 
     def u(low, high):
-        return low + (high - low) * torch.rand(b, 1, 1)
+        return low + (high - low) * torch.rand(b, 1, 1, 1)
 
-    y = (torch.arange(h) + 0.5)[:, None] / w - u(0.15, 0.85) * h / w  # (B, H, 1)
-    x = (torch.arange(w) + 0.5) / w - u(0.15, 0.85)  # (B, 1, W)
-    turn, squeeze, radius = u(0, math.pi), u(0.6, 1), 0.05 + 0.55 * u(0, 1) ** 1.3
-    x, y = x * turn.cos() + y * turn.sin(), (y * turn.cos() - x * turn.sin()) / squeeze  # (B, H, W)
-    angle, outline = torch.atan2(y, x), torch.ones_like(x)
-    for k in range(2, 7):
-        outline = outline + 0.25 / k**0.9 * torch.randn(b, 1, 1) * torch.cos(k * angle + u(0, 6.3))
-    distance = radius * outline.clamp(min=0.3) - torch.hypot(x, y)  # > 0 inside
-    return torch.sigmoid(2 * distance / (0.008 + u(0.02, 0.27) * radius))[:, None]
+    y = (torch.arange(h) + 0.5)[:, None] / w - u(0.15, 0.85) * h / w  # (b, 1, H, 1)
+    x = (torch.arange(w) + 0.5) / w - u(0.15, 0.85)  # (b, 1, 1, W)
+    radius = 0.05 + 0.55 * u(0, 1) ** 1.3
+    noise = sum(F.interpolate(torch.randn(b, 1, k, k) / k, size, mode="bicubic") for k in (3, 5, 9))
+    inside = radius * (1 + noise) - torch.hypot(x, y)
+    return torch.sigmoid(2 * inside / (0.008 + u(0.02, 0.27) * radius))  # sharp to a quarter radius
 
 
 # ==================================================================================================
@@ -524,7 +520,7 @@ def spans(windows, size):
 
 
 class Batch(NamedTuple):
-    """What one step of DiffSeg sees: B images, first the implants, then V whole images."""
+    """What one step of DiffSeg sees: B images, first the implants, then whole images."""
 
     x: torch.Tensor  # (B, 3, H, W) in [-1, 1]: x0, to be noised
     y: torch.Tensor  # (B,) int64: what f is asked for, LESION or HEALTHY
@@ -532,7 +528,6 @@ class Batch(NamedTuple):
     known: torch.Tensor  # (B, 1, H, W) in {0, 1}: pixels where the target is known
     blend: torch.Tensor  # (B, 1, H, W) in [0, 1]: presence of a lesion
     blend_known: torch.Tensor  # (B, 1, H, W) in {0, 1}: pixels where that is known
-    mixed: torch.Tensor  # (V, k, H, W) bool: mixed tiles, each with lesion and healthy pixels
 
 
 class Tiles:
@@ -553,23 +548,14 @@ class Tiles:
         # A lesion tile may be 10 % healthy: where both claim a pixel, healthy wins.
         return torch.stack([lesion & ~healthy, healthy], 1).float()
 
-    def draw(self, tag, i, k):
-        """Random windows (B, k, 4) of that tag in images i (B,), any if an image has none: (B,)."""
-        match = self.tags[i] == tag  # (B, K)
-        tile = torch.multinomial(match + 1e-9, k, replacement=True)
-        return self.windows[i[:, None], tile], match.any(1)
-
     def crop(self, i, windows):
-        """Resize windows (B, 4) of images i to the network's size, flipped at random, [-1, 1]."""
+        """Resize windows (B, 4) of images i to the network's size, half of them mirrored."""
         left, top, w, h = windows.unbind(1)
-        height, width = self.images.shape[2:]
-        theta = torch.zeros(len(i), 2, 3)
-        flip = torch.randint(0, 2, (2, len(i))) * 2 - 1
-        theta[:, 0, 0], theta[:, 0, 2] = w / width * flip[0], (2 * left + w) / width - 1
-        theta[:, 1, 1], theta[:, 1, 2] = h / height * flip[1], (2 * top + h) / height - 1
+        boxes = torch.stack([torch.arange(len(i)), left, top, left + w, top + h], 1)
         x = self.images[i].to(self.device).float() / 127.5 - 1  # (B, 3, 2H, 2W)
-        grid = F.affine_grid(theta, [len(i), 3, *self.size], align_corners=False).to(x)
-        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)  # (B, 3, H, W)
+        x = roi_align(x, boxes.to(x), self.size, sampling_ratio=2, aligned=True)  # (B, 3, H, W)
+        mirrored = torch.rand(len(i), 1, 1, 1).to(x) < 0.5
+        return torch.where(mirrored, x.flip(3), x)
 
     def implant(self, b):
         """b implanted tiles, their lesion-free counterparts (b, 3, H, W) and blobs (b, 1, H, W).
@@ -578,12 +564,13 @@ class Tiles:
         differs from its surroundings by the lesion alone. One blob in ten is empty.
         """
         donor, tile = self.lesion[torch.randint(len(self.lesion), (b,))].unbind(1)
-        own_skin, has_skin = self.draw(HEALTHY, donor, 1)
+        own = self.tags[donor] == HEALTHY  # (b, K)
+        own_skin = torch.multinomial(own + 1e-9, 1)[:, 0]
         stranger, skin = self.healthy[torch.randint(len(self.healthy), (b,))].unbind(1)
-        within = has_skin & (torch.rand(b) < 0.8)
-        host = torch.where(within, donor, stranger)
-        window = torch.where(within[:, None], own_skin[:, 0], self.windows[stranger, skin])
-        lesion, healthy = self.crop(donor, self.windows[donor, tile]), self.crop(host, window)
+        within = own.any(1) & (torch.rand(b) < 0.8)
+        host, skin = torch.where(within, donor, stranger), torch.where(within, own_skin, skin)
+        lesion = self.crop(donor, self.windows[donor, tile])
+        healthy = self.crop(host, self.windows[host, skin])
 
         def u(low, high, channels=1):
             return (low + (high - low) * torch.rand(b, channels, 1, 1)).to(healthy)
@@ -594,25 +581,17 @@ class Tiles:
         implanted = weight * lesion + (1 - weight) * healthy
         return *((gain * (x + 1) - 1).clamp(-1, 1) for x in (implanted, healthy)), blob
 
-    def whole_images(self, b, k=8):
-        """b whole images (b, 3, H, W) in [-1, 1] and what their tiles tell, (b, 2 + k, H, W).
-
-        Channels in {0, 1}: pixels of lesion tiles, of healthy tiles, then k random mixed tiles.
-        """
+    def whole_images(self, b):
+        """b whole images (b, 3, H, W) in [-1, 1], their pixels in lesion and in healthy tiles."""
         i = torch.randint(len(self.images), (b,))
-        windows, has_mixed = self.draw(MIXED, i, k)
-        windows = windows * has_mixed[:, None, None]  # else empty
-        rows, columns = spans(windows.to(self.device), self.images.shape[2:])
-        tags = torch.cat([self.known(i), rows[..., None] * columns[..., None, :]], 1)
-        x, tags = data.augment(self.images[i].to(self.device).float() / 255, tags)
-        return F.avg_pool2d(x, 2) * 2 - 1, (F.avg_pool2d(tags, 2) == 1).float()
+        x, known = data.augment(self.images[i].to(self.device).float() / 255, self.known(i))
+        return F.avg_pool2d(x, 2) * 2 - 1, *(F.avg_pool2d(known, 2) == 1).float().split(1, 1)
 
     def batch(self, b):
         """Draw a Batch of b images, a third of them implants."""
         n_pairs = b // 3
         implanted, healthy, blob = self.implant(n_pairs)
-        images, tags = self.whole_images(b - n_pairs)
-        lesion_tiles, healthy_tiles, mixed_tiles = tags.split([1, 1, tags.shape[1] - 2], 1)
+        images, lesion_tiles, healthy_tiles = self.whole_images(b - n_pairs)
         # One in eight has y = LESION and itself as target: mere denoising, easy to learn.
         as_it_is = torch.rand(b, 1, 1, 1).to(self.device) < 0.125
         x, counterpart = torch.cat([implanted, images]), torch.cat([healthy, images])
@@ -627,7 +606,6 @@ class Tiles:
             known=torch.where(as_it_is, 1, known),
             blend=torch.cat([blob, lesion_tiles]),
             blend_known=blend_known * ~as_it_is,
-            mixed=(mixed_tiles > 0) & ~as_it_is[n_pairs:],
         )
 
 
@@ -643,17 +621,6 @@ def blend_loss(logits, batch):
     return total / batch.blend_known.sum().clamp(min=1)
 
 
-def mixed_tile_loss(logits, mixed):
-    """Cross-entropy of each mixed tile's maximum, lesion, and minimum, healthy.
-
-    logits (V, 1, H, W), mixed (V, k, H, W) bool; tiles without pixels do not count."""
-    high = logits.where(mixed, -torch.inf).flatten(2).amax(2)  # (V, k)
-    low = logits.where(mixed, torch.inf).flatten(2).amin(2)
-    there = mixed.flatten(2).any(2)
-    total = (F.softplus(-high) + F.softplus(low)).where(there, 0).sum()
-    return total / there.sum().clamp(min=1)
-
-
 def diffseg_loss(net, tiles, args):
     """The loss of one batch: reconstructions of x0 and, for y = HEALTHY, the blend."""
     batch = tiles.batch(args.batch_size)
@@ -661,9 +628,7 @@ def diffseg_loss(net, tiles, args):
     with autocast(args):
         out = net(add_noise(batch.x, t, torch.randn_like(batch.x)), t, batch.y)  # (B, 4, H, W)
     x0_hat, logits = out[:, :3], out[:, 3:]
-    mixed = mixed_tile_loss(logits[-len(batch.mixed) :], batch.mixed)
-    blend = blend_loss(logits, batch) + 0.3 * mixed  # two pixels of a tile tell less than all
-    return reconstruction_loss(x0_hat, batch) + 0.5 * blend  # both weights: ours
+    return reconstruction_loss(x0_hat, batch) + 0.5 * blend_loss(logits, batch)  # 0.5: ours
 
 
 def unet_loss(net, images, masks, args):
@@ -707,32 +672,33 @@ def update_ema(ema, net, decay):
 
 
 @torch.no_grad()
-def student_masks(net, tiles, args):
-    """Masks to teach the student, uint8 (N, 1, 2H, 2W), from DiffSeg's outputs and tags alone."""
+def student_masks(stage, net, offsets, tiles, args):
+    """Masks to teach the student, uint8 (N, R, 2H, 2W), from a teacher's outputs and tags alone.
+
+    Each image's level is fitted to its tags; R masks lie offsets (R,) above it: looser to tighter.
+    """
     n, _, h, w = tiles.images.shape
-    masks = torch.empty(n, 1, h, w, dtype=torch.uint8)
-    for i in tqdm(torch.arange(n).split(chunk(args)), "masks for the student"):
+    masks = torch.empty(n, len(offsets), h, w, dtype=torch.uint8)
+    for i in tqdm(torch.arange(n).split(chunk(args)), "masks for the student", disable=None):
         img = F.avg_pool2d(tiles.images[i].float(), 2).round().to(torch.uint8)  # (B, 3, H, W)
-        logit = outputs("diffseg", net, img, 4, args).mean(1).cpu()  # (B, H, W); 8: no better masks
+        logit = outputs(stage, net, img, 4, args).mean(1).cpu()  # (B, H, W)
         levels = [fit_level(*x) for x in zip(logit, tiles.windows[i], tiles.tags[i], strict=True)]
-        margin = (logit - torch.stack(levels)[:, None, None])[:, None].to(args.device)
-        known = tiles.known(i)  # (B, 2, 2H, 2W)
-        lesion, healthy = (F.avg_pool2d(known, 2) == 1).split(1, 1)  # (B, 1, H, W)
-        margin = torch.where(lesion, 5.0, torch.where(healthy, -5.0, margin))  # p = 0.007, 0.993
-        margin = F.interpolate(crf_refine(margin, img, args), scale_factor=2.0, mode="bilinear")
-        lesion, healthy = known.bool().split(1, 1)
+        margin = logit[:, None] - torch.stack(levels)[:, None, None, None] - offsets[:, None, None]
+        margin = F.interpolate(margin, scale_factor=2.0, mode="bilinear")  # (B, R, 2H, 2W)
+        lesion, healthy = tiles.known(i).cpu().bool().split(1, 1)
         masks[i] = (((margin > 0) | lesion) & ~healthy).to(masks)
     return masks
 
 
-def train(stage, steps, loss_function, mark, args, folder):
+def train(stage, start, steps, loss_function, mark, args, folder):
     """Train one network, the loop of all stages: returns its EMA and the seconds it took.
 
-    loss_function(net) draws a batch and returns its loss. mark: fingerprint of the data. last_*.pt,
-    written every --save-every steps, is all that --resume needs to go on exactly.
+    start: the network to start from, or None. loss_function(net) draws a batch and returns its
+    loss. mark: fingerprint of the data. last_*.pt, written every --save-every steps, is all that
+    --resume needs to go on exactly.
     """
     torch.manual_seed(args.seed)
-    net = build(stage, args)
+    net = copy.deepcopy(start).requires_grad_(True).train() if start else build(stage, args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
 
@@ -749,7 +715,7 @@ def train(stage, steps, loss_function, mark, args, folder):
         first, seconds, log = saved["step"], saved["seconds"], saved["log"]
         data.set_rng(saved["rng"], args.device)
     forward = torch.compile(net) if args.compile else net
-    start, losses = time.time() - seconds, []
+    began, losses = time.time() - seconds, []
     bar = tqdm(range(first, steps), f"train {stage}", steps, initial=first, unit="step")
     for step in bar:
         loss = loss_function(forward)
@@ -765,7 +731,7 @@ def train(stage, steps, loss_function, mark, args, folder):
         update_ema(ema, net, min(0.995, (step + 1) / (step + 11)))  # short memory at the start
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             log.append([step + 1, sum(losses) / len(losses)])
-            losses, seconds = [], time.time() - start
+            losses, seconds = [], time.time() - began
             bar.set_postfix(loss=f"{log[-1][1]:.4f}")
             lines = [f"{step},{loss:.5f}\n" for step, loss in log]
             (folder / f"log_{stage}.csv").write_text("".join(["step,loss\n", *lines]))
@@ -796,15 +762,22 @@ def train_all(args, folder):
         data.fresh_folder(folder)
     nets, seconds = {}, {}
 
-    def stage(name, steps, loss):
-        net, seconds[name] = train(name, steps, loss, mark, args, folder)
+    def stage(name, steps, loss, start=None):
+        net, seconds[name] = train(name, start, steps, loss, mark, args, folder)
         nets[name] = (net, calibrate(name, net, val, args))
 
     if args.compare:
-        stage("unet", args.steps, lambda net: unet_loss(net, images, train_set.masks, args))
-    stage("diffseg", args.steps, lambda net: diffseg_loss(net, tiles, args))
-    masks, half = student_masks(nets["diffseg"][0], tiles, args), (args.steps + 1) // 2
-    stage("diffseg_student", half, lambda net: unet_loss(net, images, masks, args))
+        loss = partial(unet_loss, images=images, masks=train_set.masks, args=args)
+        stage("unet", args.steps, loss)
+    stage("diffseg", args.steps, partial(diffseg_loss, tiles=tiles, args=args))
+    half = (args.steps + 1) // 2
+    masks = student_masks("diffseg", nets["diffseg"][0], torch.zeros(1), tiles, args)
+    stage("first_student", half, partial(unet_loss, images=images, masks=masks, args=args))
+    # Its masks are better: it goes on with them, as tight and as loose as its own outputs.
+    first, thresholds = nets.pop("first_student")
+    offsets = (thresholds.max() - thresholds.mean()) * torch.linspace(-1, 1, 4)
+    masks = student_masks("first_student", first, offsets, tiles, args)
+    stage("diffseg_student", half, partial(unet_loss, images=images, masks=masks, args=args), first)
     rows = evaluate(nets, val, args)
     ours = ("diffseg_crf", "diffseg_student", "diffseg_student_crf")
     state = {"method": METHOD, "args": vars(args), "data": mark, "seconds": seconds}

@@ -59,7 +59,7 @@ from data import DataError, number, whole
 
 METHOD = "pepl"
 METHODS = ["supervised", "fixmatch", "freematch", "cutmix", "pepl"]
-DATA_SETS = ["synthetic", "folder", "cub200", "cars", "aircraft", "flowers102", "pets"]
+DATA_SETS = ["synthetic", "folder", "cub200", "aircraft", "flowers102", "pets"]
 NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
 NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
 LOG_COLUMNS = ["step", "loss", "accuracy", "accuracy of kept", "share kept", "tau"]

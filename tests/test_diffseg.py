@@ -165,7 +165,7 @@ def test_a_run_writes_all_results_and_repeats_them(trained, capsys):
 
 
 def test_resume_is_exact_and_nothing_is_left_of_an_earlier_run(trained, tmp_path, monkeypatch):
-    whole, calls = diffseg.mixed_tile_loss, []
+    whole, calls = diffseg.blend_loss, []
     command = [*TINY, "--out", tmp_path, "--save-every", 4]
 
     def interrupted(*a):
@@ -176,7 +176,7 @@ def test_resume_is_exact_and_nothing_is_left_of_an_earlier_run(trained, tmp_path
 
     folder_of(tmp_path).mkdir(parents=True)
     (folder_of(tmp_path) / "best.pt").write_text("an earlier run's")
-    monkeypatch.setattr(diffseg, "mixed_tile_loss", interrupted)
+    monkeypatch.setattr(diffseg, "blend_loss", interrupted)
     assert run(*command) == 130 and not (folder_of(tmp_path) / "best.pt").exists()
     assert run(*command, "--resume") == 0 and len(calls) == 8  # steps 5 and 6 once more
     assert same_weights(trained, tmp_path)
@@ -227,6 +227,6 @@ def test_predict_uses_the_chosen_row_and_the_images_own_size(trained, tmp_path, 
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(diffseg, "diffseg_loss", lambda *_: torch.tensor(float("nan")))
+    monkeypatch.setattr(diffseg, "diffseg_loss", lambda *_, **__: torch.tensor(float("nan")))
     assert run(*TINY, "--no-compare", "--out", tmp_path) == 2
     assert "loss is nan" in capsys.readouterr().err
