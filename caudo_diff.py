@@ -81,36 +81,18 @@ ROWS += ["caudo_diff", "caudo_diff_crf", "full_supervision"]
 
 def parse_args(argv=None):
     """Parse and check the command line."""
-    about, formatter = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(prog="caudo_diff.py", description=about, formatter_class=formatter)
-    add = p.add_argument
+    p = data.make_parser("caudo_diff.py", __doc__)
+    add, on_off = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
-    add("--data-root", default="data", help="folder that holds, or will receive, the data set")
-    add(
-        "--size", type=data.parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, px"
-    )
+    add("--size", type=data.parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT")
     add("--steps", type=whole(1), default=300, help="training steps [of the autoencoder: twice]")
     add("--batch-size", type=whole(8), default=24, help="images in a training step")
     add("--lr", type=number(1e-9, 10), default=2e-3, help="peak learning rate of AdamW's cosine")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights, batches and noise")
-    add("--device", type=data.parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", choices=["on", "off"], help="bf16 autocast [on where it is fast]")
-    add("--compile", action="store_true", help="torch.compile the networks in training")
-    add("--num-workers", type=whole(1), default=8, help="threads that decode images, once")
-    add("--out", default="out", help="results go to OUT/caudo_diff/DATA/seedK-EXEMPLAR")
-    add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
-    add("--eval-only", action="store_true", help="no training: the table again, from best.pt")
-    add("--checkpoint", metavar="FILE", help="best.pt of another folder, to evaluate or predict")
-    add("--predict", nargs="+", metavar="PATH", help="segment these images or folders of images")
-    add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
-    add("--save-every", type=whole(1), default=200, help="steps between checkpoints")
     add("--exemplar", default="auto", help="a training image's id; auto:K is the K-th most typical")
-    add("--encoder", default="scratch", help="of the segmenter: scratch, or pretrained and frozen: "
-        "efficientnet_lite0, resnet18 ...")  # fmt: skip
+    add("--encoder", default="scratch", help="scratch, efficientnet_lite0, resnet18 ...")
     add("--rounds", type=whole(1), default=3, help="rounds of calibration and retraining")
     add("--round-steps", type=whole(1), default=100, help="training steps of every round")
     add("--kappa", type=number(0), default=4.0, help="weight of each image's own colour edges")
-    on_off = argparse.BooleanOptionalAction
     add("--compare", action=on_off, default=True, help="also train what it is compared with")
     if p.parse_args(argv).quick:
         p.set_defaults(steps=6, round_steps=6, batch_size=8)
@@ -871,8 +853,8 @@ def train(ctx, stage, start, draw, loss_function, steps):
                 state |= {"net": net.state_dict(), "opt": opt.state_dict()}
                 state |= {"schedule": schedule.state_dict(), "rng": data.get_rng(args.device)}
             data.save_checkpoint(state, file)
-            with open(ctx.folder / "log.csv", "a") as file:
-                file.write(f"{stage},{step},{value:.5f}\n")
+            with open(ctx.folder / "log.csv", "a") as log:
+                log.write(f"{stage},{step},{value:.5f}\n")
     bar.close()
     ctx.nets[stage], ctx.seconds[stage] = ema, round(seconds, 1)
     return ema

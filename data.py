@@ -41,7 +41,7 @@ ISIC_SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MAX_PIXELS = 400_000_000  # 20,000 x 20,000, 1.2 GB once decoded: a larger file gets a DataError
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit warns from 89 million on
-CACHE_FORMAT = 2  # count up when decoding changes: caches of another format are built anew
+CACHE_FORMAT = 3  # count up when decoding changes: caches of another format are built anew
 SPLIT_SEED = 2018  # of the splits drawn for a folder that has none; not the run's seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 BIRDS_COUNTS = {"train": 1000, "test": 600}
@@ -105,6 +105,29 @@ def bf16_is_fast(device):
     return device == "cpu" and bool(capabilities.get("avx512_bf16"))
 
 
+def make_parser(script, doc):
+    """An argument parser with the flags that all scripts share; each adds its own."""
+    about, formatter = doc.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog=script, description=about, formatter_class=formatter)
+    add = parser.add_argument
+    add("--data-root", default="data", help="folder that holds, or will receive, the data set")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all that is drawn at random")
+    add("--device", type=parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--amp", choices=["on", "off"], help="bf16 autocast [on where it is fast]")
+    add("--compile", action="store_true", help="torch.compile the networks in training")
+    add("--num-workers", type=whole(1), default=8, help="threads that decode images, once")
+    add("--out", default="out", help="results go to OUT/method/data/seedK")
+    add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
+    add("--eval-only", action="store_true", help="no training: the table again, from best.pt")
+    add("--checkpoint", metavar="FILE", help="best.pt elsewhere, for --eval-only and --predict")
+    add(
+        "--predict", nargs="+", metavar="PATH", help="apply it to these images or folders of images"
+    )
+    add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
+    add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
+    return parser
+
+
 def parse_flags(parser, argv, method):
     """Parse argv; with --resume, --eval-only and --predict all flags but FREE are the checkpoint's.
 
@@ -131,7 +154,7 @@ def parse_flags(parser, argv, method):
     args = parser.parse_args(argv)
     args.command = saved["command"]
     for name, was in saved.items():
-        now = getattr(args, name)
+        now = getattr(args, name, None)
         if name not in FREE and now != was:
             was, now = (f"{x[1]}x{x[0]}" if name == "size" else x for x in (was, now))
             flag = name.replace("_", "-")

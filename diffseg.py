@@ -44,7 +44,6 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,13 +57,15 @@ from data import DataError, parse_size, whole
 # Eq. n is row n of the table in docs/diffseg.md; G: given by the paper or its code, O: ours.
 METHOD = "diffseg"
 METRICS = ("dice", "iou", "precision", "recall", "thresholded_jaccard", "ged")
-LESION, HEALTHY, MIXED = 0, 1, 2  # tags of a tile; y of f: "as it is" and "without a lesion"
+HEALTHY, MIXED, LESION = 0, 1, 2  # tags of a tile
+AS_IT_IS, LESION_FREE = 0, 1  # y of f: what it shall reconstruct
 TAGS, MOSTLY = 48, 0.9  # tagged tiles of an image; share of lesion from which a tile is LESION
 LEVELS = torch.linspace(-6, 6, 121)  # logits tried as the level of a training image's map
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 T_TRAIN, T_INFER = (5, 250), (5, 80)  # ranges of t (ours)
 CRF_ROUNDS, CRF_OUTPUTS = 3, 4  # K results are averaged, each from H random outputs (paper)
-CRF_SXY, CRF_SRGB, CRF_WEIGHT = 5.0, 8.0, 2.0  # pixels of 64, grey levels (paper: 80, 13, 10)
+# Pixels at a width of 64, grey levels, weight; the paper: 80, 13, 10 at its size.
+CRF_SXY, CRF_SRGB, CRF_WEIGHT = 5.0, 8.0, 2.0
 
 # ==================================================================================================
 # 1. Command line
@@ -73,29 +74,13 @@ CRF_SXY, CRF_SRGB, CRF_WEIGHT = 5.0, 8.0, 2.0  # pixels of 64, grey levels (pape
 
 def parse_args(argv=None):
     """Parse and check the command line."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    about = __doc__.split("\n")[0]
-    p = argparse.ArgumentParser(prog="diffseg.py", description=about, formatter_class=formatter)
-    add = p.add_argument
+    p = data.make_parser("diffseg.py", __doc__)
+    add, on_off = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
-    add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--steps", type=whole(1), default=300, help="training steps of a network [others: 1860]")
+    add("--steps", type=whole(1), default=300, help="steps of a network [other data: 1860]")
     add("--batch-size", type=whole(3), default=24, help="images in a training step")
     add("--lr", type=data.number(1e-9, 10), default=1e-3, help="peak learning rate of AdamW (ours)")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights, batches and noise")
-    add("--device", type=data.parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", choices=["on", "off"], help="bf16 autocast [on where it is fast]")
-    add("--compile", action="store_true", help="torch.compile the networks in training")
-    add("--num-workers", type=whole(1), default=8, help="threads that decode images, once")
-    add("--out", default="out", help="results go to OUT/diffseg/DATA/seedK")
-    add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
-    add("--eval-only", action="store_true", help="no training: the table again, from best.pt")
-    add("--checkpoint", metavar="FILE", help="best.pt elsewhere, for --eval-only and --predict")
-    add("--predict", nargs="+", metavar="PATH", help="segment these images or folders of images")
-    add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
-    add("--save-every", type=whole(1), default=200, help="steps between checkpoints")
-    on_off = argparse.BooleanOptionalAction
     add("--compare", action=on_off, default=True, help="also train the supervised U-Net")
     add("--width", type=int, default=32, choices=[16, 32, 48, 64], help="channels of the U-Nets")
     add("--outputs", type=whole(1), default=16, help="N outputs an image, 2 N network calls (ours)")
@@ -124,9 +109,8 @@ def add_noise(x0, t, eps):
 def diffusion_difference(x0_healthy, x0_lesion):
     """Where two reconstructions (B, 3, H, W) differ, from min to max of an image: (B, 1, H, W).
 
-    The paper subtracts pseudo-noises, eps~ = (xt - sqrt(a) x0_hat) / sqrt(1 - a) (Eq. 3, a is
-    alpha_bar_t). In eps~_lesion - eps~_healthy the noised image cancels; this is left, times
-    sqrt(1 - a) / sqrt(a): its size does not depend on t. Where it is < 0, the lesion is lighter.
+    The paper's difference of pseudo-noises eps~ = (xt - sqrt(a) x0_hat) / sqrt(1 - a) (Eq. 3) is
+    this, times sqrt(a) / sqrt(1 - a): xt cancels. Where the lesion is lighter (< 0) it counts 0.
     """
     d = (x0_healthy - x0_lesion).mean(1, keepdim=True).clamp(min=0)  # Eq. 4 [G; scaling O]
     low, high = d.amin((1, 2, 3), keepdim=True), d.amax((1, 2, 3), keepdim=True)
@@ -181,7 +165,8 @@ def correlation(a, b):
 def otsu_threshold(x, bins=256):
     """Otsu's threshold of each row of x (B, P) in [0, 1]: (B, 1); the object lies above it."""
     index = (x * (bins - 1)).round().long()
-    hist = torch.zeros(len(x), bins).scatter_add_(1, index, torch.ones_like(x))
+    hist = torch.zeros(len(x), bins, dtype=torch.float64)
+    hist.scatter_add_(1, index, torch.ones_like(x, dtype=torch.float64))
     below, total = hist.cumsum(1), x.shape[1]  # pixels at or below each level
     moment = (hist * torch.arange(bins)).cumsum(1)
     between = (moment[:, -1:] * below / total - moment) ** 2 / (below * (total - below)).clamp(1)
@@ -189,7 +174,7 @@ def otsu_threshold(x, bins=256):
 
 
 def random_blobs(b, size):
-    """Random soft blobs (b, 1, H, W) in [0, 1]: discs of 5 to 60 % of the width, bent by noise."""
+    """Random soft blobs (b, 1, H, W) in [0, 1]: radius 5 to 60 % of the width."""
     h, w = size
 
     def u(low, high):
@@ -273,12 +258,12 @@ class UNet(nn.Module):
 # 4. Inference
 # ==================================================================================================
 # A stage gives N outputs as logits (B, N, H, W), each with a threshold of its own. A margin is how
-# far one lies above its own: logit - threshold; q - 1/2 after a CRF, grey levels for Otsu. The mask
+# far one lies above its own: logit - threshold; q - 1/2 after a CRF, brightness for Otsu. The mask
 # of an output is margin > 0, the one mask of all is mean margin > 0.
 
 
 def build(stage, args):
-    """The network of a stage, "unet", "diffseg" or "diffseg_student", on the device."""
+    """The network of a stage, on the device: "diffseg" is the denoiser, others are segmenters."""
     net = UNet(4 if stage == "diffseg" else 1, args.width)
     return net.to(args.device, memory_format=torch.channels_last)
 
@@ -311,8 +296,8 @@ def diffseg_maps(net, img, n, args):
         t = torch.full((len(x0),), t_n, device=x0.device)
         xt = add_noise(x0, t, eps)
         with autocast(args):
-            healthy = net(xt, t, torch.full_like(t, HEALTHY))  # (B, 4, H, W)
-            lesion = net(xt, t, torch.full_like(t, LESION))
+            healthy = net(xt, t, torch.full_like(t, LESION_FREE))  # (B, 4, H, W)
+            lesion = net(xt, t, torch.full_like(t, AS_IT_IS))
         differences.append(diffusion_difference(healthy[:, :3], lesion[:, :3]))
         blends.append(healthy[:, 3:].sigmoid())  # (B, 1, H, W)
     return torch.cat(differences, 1), torch.cat(blends, 1)
@@ -331,8 +316,8 @@ def outputs(stage, net, img, n, args):
     x = img.to(args.device).float() / 127.5 - 1
     zero = torch.zeros(len(x), dtype=torch.long, device=x.device)
     net.train()  # MC-dropout; other layers do not differ in training
-    with autocast(args), torch.random.fork_rng():  # validation must not disturb the training
-        torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)
+    with autocast(args):
         p = torch.cat([net(x, zero, zero).sigmoid() for _ in range(n)], 1)
     net.eval()
     return torch.logit(p, 1e-4)
@@ -380,10 +365,8 @@ def crf_integrate(margin, img, args):
     g, p = torch.Generator().manual_seed(args.seed), margin.sigmoid()
     chosen = [torch.randperm(p.shape[1], generator=g)[:CRF_OUTPUTS] for _ in range(CRF_ROUNDS)]
     starts = torch.stack([p[:, k.to(p.device)].mean(1) for k in chosen], 1)  # (B, K, H, W)
-    width = CRF_SXY * args.size[1] / 64  # chosen for 64 x 48 pixels
-    crf = DenseCRF(
-        sxy_bilateral=width, srgb=CRF_SRGB, compat_bilateral=CRF_WEIGHT, compat_gaussian=0
-    )
+    sxy = CRF_SXY * args.size[1] / 64
+    crf = DenseCRF(sxy_bilateral=sxy, srgb=CRF_SRGB, compat_bilateral=CRF_WEIGHT, compat_gaussian=0)
     [(weight, message)] = crf.messages(img.to(p).float())
     logits = torch.logit(starts, 1e-6)
     q = logits.sigmoid()
@@ -457,7 +440,7 @@ def draw_panel(nets, split, rows, args, path):
             samples, crf = margin[row] > 0, margin[f"{row}_crf"]
             tiles.append((data.colour_map(samples[0].float().mean(0)), ""))
             tiles.append((data.colour_map(4 * ambiguity(samples)[0]), ""))
-            caption = f"Dice {rows[f'{row}_crf']['dice'][i]:.2f}"
+            caption = f"Dice {mask_dice(crf, raters).item():.2f}"
             tiles.append((data.outline(photo, one_mask(crf)[0, 0], (255, 230, 0)), caption))
         sheet.append((f"{place}\n{split.ids[i][-7:]}", tiles))
     data.draw_sheet(titles, sheet, path)
@@ -473,7 +456,7 @@ def predict(nets, row, args, folder):
             total, coherence = total + z, coherence + (z > 0) / len(margin)
         mask, variance = total > 0, coherence * (1 - coherence)  # Eq. 6 [G]
         pictures = {
-            "mask": mask.numpy().astype(np.uint8) * 255,
+            "mask": mask.byte().numpy() * 255,
             "overlay": data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0)),
             "coherence": data.colour_map(coherence),
             "ambiguity": data.colour_map(4 * variance),
@@ -487,9 +470,14 @@ def predict(nets, row, args, folder):
 # ==================================================================================================
 
 
+def tag(share):
+    """Tags of tiles by their share of lesion: none HEALTHY, at least 90 % LESION, else MIXED."""
+    return (share > 0).long() + (share >= MOSTLY)
+
+
 def tag_tiles(masks, seed):
-    """Random windows (n, K, 4), left, top, width, height, and tags (n, K) as a clinician would give
-    them: HEALTHY no lesion pixel, LESION at least 90 % lesion, MIXED between.
+    """Random windows (n, K, 4), left, top, width, height, and tags (n, K), as a clinician would
+    give them.
 
     masks: uint8 (n, R, H, W), read here and nowhere else in the training of DiffSeg and student.
     """
@@ -498,28 +486,27 @@ def tag_tiles(masks, seed):
     ww, hh = (side * w).long(), (side * h).long()
     left = (torch.rand(n, TAGS, generator=g) * (w - ww + 1)).long()
     top = (torch.rand(n, TAGS, generator=g) * (h - hh + 1)).long()
-    right, low, share = left + ww, top + hh, torch.empty(n, TAGS)
-    for i in range(n):  # one at a time: float64 sums of large images take memory
-        total = consensus(masks[i : i + 1])[0, 0].double().cumsum(0).cumsum(1)
-        total = F.pad(total, (1, 0, 1, 0))  # of all pixels above and left of a corner
-        inside = total[low[i], right[i]] - total[top[i], right[i]] - total[low[i], left[i]]
-        share[i] = (inside + total[top[i], left[i]]) / (ww[i] * hh[i])
-    tags = torch.where(share >= MOSTLY, LESION, MIXED)
-    return torch.stack([left, top, ww, hh], 2), torch.where(share == 0, HEALTHY, tags)
+    windows, share = torch.stack([left, top, ww, hh], 2), torch.empty(n, TAGS)
+    for i in range(n):  # one at a time: float copies of large images take memory
+        rows, columns = spans(windows[i], (h, w))
+        mask = consensus(masks[i : i + 1])[0, 0].float()
+        share[i] = torch.einsum("kh,hw,kw->k", rows, mask, columns) / (ww[i] * hh[i])
+    return windows, tag(share)
 
 
 def spans(windows, size):
-    """The rows (..., H) and columns (..., W) of windows (..., 4), float in {0, 1}."""
-    left, top, w, h = windows[..., None].unbind(-2)  # (..., 1)
+    """How much of each row (..., H) and column (..., W) lies in windows (..., 4): 0 to 1, float."""
+    left, top, w, h = windows.float()[..., None].unbind(-2)  # (..., 1)
     y, x = (torch.arange(side, device=windows.device) for side in size)
-    return ((y >= top) & (y < top + h)).float(), ((x >= left) & (x < left + w)).float()
+    rows = (top + h - y).clamp(0, 1) - (top - y).clamp(0, 1)
+    return rows, (left + w - x).clamp(0, 1) - (left - x).clamp(0, 1)
 
 
 class Batch(NamedTuple):
     """What one step of DiffSeg sees: B images, first the implants, then whole images."""
 
     x: torch.Tensor  # (B, 3, H, W) in [-1, 1]: x0, to be noised
-    y: torch.Tensor  # (B,) int64: what f is asked for, LESION or HEALTHY
+    y: torch.Tensor  # (B,) int64: what f is asked for, AS_IT_IS or LESION_FREE
     target: torch.Tensor  # (B, 3, H, W): x itself, or its lesion-free counterpart
     known: torch.Tensor  # (B, 1, H, W) in {0, 1}: pixels where the target is known
     blend: torch.Tensor  # (B, 1, H, W) in [0, 1]: presence of a lesion
@@ -534,7 +521,8 @@ class Tiles:
         self.windows, self.tags = tag_tiles(train.masks, args.seed)
         self.lesion, self.healthy = ((self.tags == y).nonzero() for y in (LESION, HEALTHY))
         if not len(self.lesion) or not len(self.healthy):
-            raise DataError(f"{train.name}: no tile is healthy, or none mostly lesion")
+            why = "no tile of the training images is healthy, or none at least 90 % lesion"
+            raise DataError(f"{train.name}: {why}; add images with smaller or larger lesions")
 
     def known(self, i):
         """Pixels of images i (B,) in lesion and in healthy tiles, {0, 1}: (B, 2, 2H, 2W)."""
@@ -556,8 +544,8 @@ class Tiles:
     def implant(self, b):
         """b implanted tiles, their lesion-free counterparts (b, 3, H, W) and blobs (b, 1, H, W).
 
-        Four of five pairs come from one image: then skin, light and camera agree, and the implant
-        differs from its surroundings by the lesion alone. One blob in ten is empty.
+        Four of five pairs, where possible, come from one image: then skin, light and camera agree,
+        and the implant differs by the lesion alone. One blob in ten is empty.
         """
         donor, tile = self.lesion[torch.randint(len(self.lesion), (b,))].unbind(1)
         own = self.tags[donor] == HEALTHY  # (b, K)
@@ -577,18 +565,14 @@ class Tiles:
         implanted = weight * lesion + (1 - weight) * healthy
         return *((gain * (x + 1) - 1).clamp(-1, 1) for x in (implanted, healthy)), blob
 
-    def whole_images(self, b):
-        """b whole images (b, 3, H, W) in [-1, 1], their pixels in lesion and in healthy tiles."""
-        i = torch.randint(len(self.images), (b,))
-        x, known = data.augment(self.images[i].to(self.device).float() / 255, self.known(i))
-        return F.avg_pool2d(x, 2) * 2 - 1, *(F.avg_pool2d(known, 2) == 1).float().split(1, 1)
-
     def batch(self, b):
         """Draw a Batch of b images, a third of them implants."""
-        n_pairs = b // 3
-        implanted, healthy, blob = self.implant(n_pairs)
-        images, lesion_tiles, healthy_tiles = self.whole_images(b - n_pairs)
-        # One in eight has y = LESION and itself as target: mere denoising, easy to learn.
+        implanted, healthy, blob = self.implant(b // 3)
+        i = torch.randint(len(self.images), (b - b // 3,))
+        images, tiles = data.augment(self.images[i].to(self.device).float() / 255, self.known(i))
+        images = F.avg_pool2d(images, 2) * 2 - 1  # (b - b / 3, 3, H, W)
+        lesion_tiles, healthy_tiles = (F.avg_pool2d(tiles, 2) == 1).float().split(1, 1)
+        # One in eight is asked for itself: mere denoising, easy to learn.
         as_it_is = torch.rand(b, 1, 1, 1).to(self.device) < 0.125
         x, counterpart = torch.cat([implanted, images]), torch.cat([healthy, images])
         # An implant is known everywhere. A whole image tells its lesion-free counterpart only where
@@ -597,7 +581,7 @@ class Tiles:
         blend_known = torch.cat([torch.ones_like(blob), torch.maximum(lesion_tiles, healthy_tiles)])
         return Batch(
             x=x,
-            y=torch.where(as_it_is.flatten(), LESION, HEALTHY),
+            y=torch.where(as_it_is.flatten(), AS_IT_IS, LESION_FREE),
             target=torch.where(as_it_is, x, counterpart),
             known=torch.where(as_it_is, 1, known),
             blend=torch.cat([blob, lesion_tiles]),
@@ -612,9 +596,9 @@ def reconstruction_loss(x0_hat, batch):
 
 def blend_loss(logits, batch):
     """Cross-entropy of the blend: the blob of an implant, 0 or 1 in healthy or lesion tiles."""
-    bce = F.binary_cross_entropy_with_logits
-    total = bce(logits, batch.blend, batch.blend_known, reduction="sum")
-    return total / batch.blend_known.sum().clamp(min=1)
+    known = batch.blend_known
+    total = F.binary_cross_entropy_with_logits(logits, batch.blend, known, reduction="sum")
+    return total / known.sum().clamp(min=1)
 
 
 def diffseg_loss(net, tiles, args):
@@ -630,11 +614,13 @@ def diffseg_loss(net, tiles, args):
 def unet_loss(net, images, masks, args, nested=1):
     """Cross-entropy plus soft Dice of a segmenter, each image with one of its masks at random.
 
-    images (N, 3, 2H, 2W), masks (N, R, 2H, 2W) uint8 in {0, 1}; or, of nested masks in one, (N, 1,
-    2H, 2W): of how many of them a pixel is part."""
+    images (N, 3, 2H, 2W), masks (N, R, 2H, 2W), both uint8; masks of 0 and 1, or, of several that
+    are nested, of how many a pixel is part.
+    """
     i = torch.randint(len(images), (args.batch_size,))
-    k = torch.randint(max(nested, masks.shape[1]), (args.batch_size,))
-    mask = masks[i, k] if nested == 1 else masks[i, 0] > k[:, None, None]  # (B, 2H, 2W)
+    raters = masks.shape[1]
+    k = torch.randint(raters * nested, (args.batch_size,))
+    mask = masks[i, k % raters] > (k // raters)[:, None, None]  # (B, 2H, 2W)
     img = images[i].to(args.device).float() / 255
     img, mask = data.augment(img, mask[:, None].to(args.device).float())
     x, mask = F.avg_pool2d(img, 2) * 2 - 1, (F.avg_pool2d(mask, 2) >= 0.5).float()
@@ -649,13 +635,10 @@ def unet_loss(net, images, masks, args, nested=1):
 def fit_level(logit, windows, tags):
     """The level at which an image's mask, logit (H, W) > level, contradicts fewest of its K tags,
     the middle one of many. windows (K, 4): in pixels of the image, twice as large."""
-    h, w = logit.shape
-    rows, columns = spans(windows, (2 * h, 2 * w))
-    rows, columns = rows.view(-1, h, 2).mean(2), columns.view(-1, w, 2).mean(2)  # share of a pixel
+    rows, columns = spans(windows / 2, logit.shape)  # (K, H), (K, W)
     above = (logit > LEVELS[:, None, None]).float()  # (L, H, W)
     share = torch.einsum("kh,lhw,kw->lk", rows, above, columns) / (rows.sum(1) * columns.sum(1))
-    wrong = torch.where(tags == HEALTHY, share > 0, (share == 0) | (share >= MOSTLY))
-    wrong = torch.where(tags == LESION, share < MOSTLY, wrong).sum(1)  # (L,)
+    wrong = (tag(share) != tags).sum(1)  # (L,)
     best = LEVELS[wrong == wrong.min()]
     return best[len(best) // 2]
 
@@ -764,19 +747,18 @@ def train_all(args, folder):
         net, seconds[name] = train(name, start, steps, loss, mark, args, folder)
         nets[name] = (net, calibrate(name, net, val, args))
 
+    teach, half = partial(unet_loss, images=images, args=args), (args.steps + 1) // 2
     if args.compare:
-        loss = partial(unet_loss, images=images, masks=train_set.masks, args=args)
-        stage("unet", args.steps, loss)
+        stage("unet", args.steps, partial(teach, masks=train_set.masks))
     stage("diffseg", args.steps, partial(diffseg_loss, tiles=tiles, args=args))
-    half = (args.steps + 1) // 2
     masks = student_masks("diffseg", nets["diffseg"][0], torch.zeros(1), tiles, args)
-    stage("first_student", half, partial(unet_loss, images=images, masks=masks, args=args))
-    # Its masks are better: it goes on with them, as tight and as loose as its own outputs.
+    stage("first_student", half, partial(teach, masks=masks))
+    del masks  # two sets of large masks would not fit
+    # The first student's masks are better: it learns on from them, tight and loose as its outputs.
     first, thresholds = nets.pop("first_student")
     offsets = (thresholds.max() - thresholds.mean()) * torch.linspace(-1, 1, 4)
     masks = student_masks("first_student", first, offsets, tiles, args)
-    loss = partial(unet_loss, images=images, masks=masks, args=args, nested=len(offsets))
-    stage("diffseg_student", half, loss, first)
+    stage("diffseg_student", half, partial(teach, masks=masks, nested=len(offsets)), first)
     rows = evaluate(nets, val, args)
     ours = ("diffseg_crf", "diffseg_student", "diffseg_student_crf")
     state = {"method": METHOD, "args": vars(args), "data": mark, "seconds": seconds}
@@ -802,9 +784,8 @@ def run(args):
         stage = row.removesuffix("_crf")
         return predict({stage: nets[stage]}, row, args, folder)
     rows = evaluate(nets, test, args)
-    figure, table = folder / "figures" / "panel.png", {}
-    for row, values in rows.items():
-        table[row] = {metric: values[metric].mean().item() for metric in METRICS}
+    figure = folder / "figures" / "panel.png"
+    table = {row: {m: v[m].mean().item() for m in METRICS} for row, v in rows.items()}
     more = {"n_images": len(test), "seconds": state["seconds"], "predict": state["row"]}
     more["ambiguity"] = {row: worth_of_ambiguity(rows[row]) for row in rows if row != "otsu"}
     draw_panel(nets, test, rows, args, figure)

@@ -35,7 +35,6 @@ D7  FreeMatch is PEPL with phase I for ever (without FreeMatch's fairness term, 
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
 """
 
-import argparse
 import copy
 import csv
 import math
@@ -73,11 +72,9 @@ TAU = 0.95  # FixMatch's fixed threshold
 
 def parse_args(argv=None):
     """Flags; the defaults follow --arch, --pretrained and --quick, or a checkpoint's flags."""
-    about, formatter = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(prog="pepl.py", description=about, formatter_class=formatter)
+    p = data.make_parser("pepl.py", __doc__)
     add, share = p.add_argument, number(0, 1)
     add("--data", default="synthetic", choices=DATA_SETS, help="data set")
-    add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--size", type=data.parse_size, default="48", help="network input: N or WIDTHxHEIGHT, px")
     add("--steps", type=whole(1), default=1200, help="training steps of each method")
     add("--batch-size", type=whole(2), default=32, help="labelled images in a training step")
@@ -100,18 +97,6 @@ def parse_args(argv=None):
     add("--mix-share", type=share, default=0.5, help="share of images mixed from then on")
     add("--mix-labelled", action="store_true", help="mix labelled images too, from the start")
     add("--validate", action="store_true", help="to choose flags: a fifth of train is the test")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of split, weights and batches")
-    add("--device", type=data.parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", choices=["on", "off"], help="bf16 autocast [on where it is fast]")
-    add("--compile", action="store_true", help="torch.compile the network in training")
-    add("--num-workers", type=whole(1), default=8, help="threads that decode images, once")
-    add("--out", default="out", help="results go to OUT/pepl/DATA/seedK")
-    add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
-    add("--eval-only", action="store_true", help="no training: the table again, from best.pt")
-    add("--checkpoint", metavar="FILE", help="best.pt of another folder, to evaluate or predict")
-    add("--predict", nargs="+", metavar="PATH", help="classify these images or folders of images")
-    add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
-    add("--save-every", type=whole(1), default=100, help="steps between checkpoints and log lines")
     args = p.parse_args(argv)
     if args.arch != "tiny":
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
