@@ -1,10 +1,9 @@
 """Caudo-Diff: medical segmentation from one labelled image, by diffusion-calibrated labels.
 
-Paper: Caudo-Diff, Pattern Recognition 170, 112007, 2025; only its abstract is public. The idea in
-five lines: one image is labelled (the exemplar), the others are not. A segmenter trained on
-variations of the exemplar labels the others, badly. A deterministic diffusion in a latent space of
-masks, guided by each image, calibrates these labels. The segmenter learns from them, most where
-label and calibrated label agree, and labels the images again.
+Paper: Caudo-Diff, Pattern Recognition 170, 112007, 2025; only its abstract is public. The idea:
+one image is labelled, the exemplar. A segmenter trained on variations of it labels the others,
+badly. A deterministic diffusion in a latent space of masks, guided by each image, calibrates these
+labels. The segmenter learns from them, most where label and calibrated label agree, and again.
 
     exemplar --> 1 Expansion --> 2 Segmenter f ------> labels p0 of the unlabelled images
                      |                  ^                          |
@@ -25,15 +24,14 @@ X-rays at 96 x 96 with efficientnet_lite0, --kappa 0 (docs/caudo_diff.md has the
     ISIC subset, n = 300             0.735          0.781       0.799  0.818             0.878
     chest X-rays, n = 142            0.918          0.926       0.925  0.920             0.954
 
-Deviations, with reasons (the paper's details are not public; docs/caudo_diff.md says more):
-D1  "Guided" is: classifier-free guidance (Eq. 7) by the pixels and a contrast map, a colour
-    discriminant fitted to each image (Eq. 3); and each predicted mask moves to its image's colour
-    edges (Eq. 4; --kappa 0 where the object has no colour of its own). Features of the segmenter,
-    which the abstract names, are not in c: on chest X-rays labels were worse by them.
+Deviations, or what we chose where no details are public (docs/caudo_diff.md says more):
+D1  "Guided" is: classifier-free guidance (Eq. 7) by pixels and a contrast map (Eq. 3), not by the
+    segmenter's features, with which X-ray labels were worse; and each predicted mask moves to its
+    image's colour edges (Eq. 4; --kappa 0 where the object has no colour of its own).
 D2  t* = 900 of 1000 by four steps of DDIM inversion: inexact, but nothing need come back as it was.
 D3  The denoiser learns from corrupted masks and from the segmenter's errors on strongly changed
     views, corrupted too: its errors on the pairs it was trained with are too small.
-D4  Only the first of the rounds calibrates: the denoiser knows the first segmenter's errors.
+D4  Only the first round calibrates: the denoiser knows the first segmenter's errors alone.
 D5  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5).
 D6  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
     chosen with training and validation masks, never on test: so that is not quite one-shot.
@@ -114,38 +112,30 @@ def add_noise(x0, t, eps):
 
 
 def ddim_step(zt, x0_hat, t, t_next):
-    """One deterministic DDIM step (eta = 0) of latents zt (B, C, h, w) from t to t_next, ints.
-
-    Up (inversion) or down; the next latent keeps the noise that x0_hat implies.
-    """
+    """One deterministic DDIM step of latents zt (B, C, h, w) from t up or down to t_next, ints."""
     a, a_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
     eps_hat = (zt - math.sqrt(a) * x0_hat) / math.sqrt(1 - a)
     return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 (ours)
 
 
 def opponent(x):
-    """Log colours of x (B, 3, H, W) in [0, 1]: brightness, blue-yellow, red-green, orthonormal.
-
-    They vary nearly independently. 0.05: black is not minus infinity. No matrix product, as bf16
-    autocast would round it.
-    """
-    r, g, b = (x + 0.05).log().unbind(1)
+    """Log colours (B, 3, H, W) of x in [0, 1]: brightness, blue-yellow, red-green, orthonormal."""
+    r, g, b = (x + 0.05).log().unbind(1)  # 0.05: black is not minus infinity
+    # no matrix product, as bf16 autocast would round it
     return torch.stack([(r + g + b) / 3**0.5, (r + g - 2 * b) / 6**0.5, (r - g) / 2**0.5], 1)
 
 
 def from_opponent(y):
-    """The inverse of opponent, clamped to [0, 1]."""
+    """The inverse of opponent, clamped to [0, 1]: (B, 3, H, W)."""
     light, blue, red = y[:, 0] / 3**0.5, y[:, 1] / 6**0.5, y[:, 2] / 2**0.5
     x = torch.stack([light + blue + red, light + blue - red, light - 2 * blue], 1)
     return (x.exp() - 0.05).clamp(0, 1)
 
 
 def colour_statistics(x):
-    """Mean and std (B, 3, 1, 1) of the log colours of x (B, 3, H, W) where it is lit.
-
-    Also lit itself, (B, 1, H, W) in [0, 1], about 0 in dark corners and black frames.
-    """
-    y, lit = opponent(x), torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)  # dark: < 0.15
+    """Mean and std (B, 3, 1, 1) of x's log colours where it is lit, and lit (B, 1, H, W)."""
+    y = opponent(x)
+    lit = torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)  # 0 in black frames: below 0.15
     n = lit.sum((2, 3), keepdim=True) + 1
     mean = (y * lit).sum((2, 3), keepdim=True) / n
     std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(n).sqrt()
@@ -153,11 +143,9 @@ def colour_statistics(x):
 
 
 def contrast_map(x, p):
-    """How far each pixel's colour is that of the inside of p: x (B, 3, H, W), p (B, 1, H, W).
+    """Fisher's discriminant of colours in and outside of p (B, 1, H, W) in each x (B, 3, H, W).
 
-    Fisher's linear discriminant of the colours inside and outside, fitted to each image alone:
-    (B, 1, H, W) in -3..3, towards 1 at the mean colour inside and -1 at that outside, near 0 if
-    these differ by less than the pixels around them (0.3: squared distance in deviations).
+    Returns (B, 1, H, W) in -3..3: towards 1 at the mean colour inside, -1 at that outside.
     """
     y, inside = opponent(x.float()).flatten(2), p.float().flatten(2)  # (B, 3, N), (B, 1, N)
     mean, cov = [], 1e-3 * torch.eye(3, device=y.device)  # 3 % colour noise: grey images too
@@ -168,17 +156,13 @@ def contrast_map(x, p):
     normal = torch.linalg.solve(cov, mean[0] - mean[1])  # (B, 3, 1)
     far = ((mean[0] - mean[1]) * normal).sum(1, keepdim=True)  # (B, 1, 1) Mahalanobis, squared
     score = (normal * (y - (mean[0] + mean[1]) / 2)).sum(1, keepdim=True)  # (B, 1, N)
-    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 (ours)
+    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 (ours); near 0 if far < 0.3
 
 
 def follow_image(x, logits, kappa):
-    """Move a mask (logits (B, 1, H, W)) to the colour edges of its image: probabilities.
-
-    ours: the guide that a segmenter trained on one exemplar lacks: inside and outside differ by
-    other colours in each image, and the image itself tells by which. With kappa 4 colour counts up
-    to 12, the mask at most 6.
-    """
+    """Move a mask (logits (B, 1, H, W)) to the colour edges of its image x: probabilities."""
     evidence = F.avg_pool2d(contrast_map(x, logits.sigmoid()), 3, 1, 1, count_include_pad=False)
+    # at kappa 4 colour counts up to 12, the mask up to 6
     return torch.sigmoid(logits.clamp(-6, 6) + kappa * evidence)  # Eq. 4 (ours)
 
 
@@ -189,11 +173,8 @@ def guide(x, p, z_p):
 
 
 def reliability(p0, p1, power=6):
-    """Weight (B, 1, H, W) in [0, 1] of labels p1: sure, and agreed with p0, of the same shape.
-
-    A whole image counts by the Dice of p0 and p1: where calibration changes much, both are wrong
-    more often. Two empty labels agree: what holds no object for both is learned as background.
-    """
+    """Weight (B, 1, H, W) in [0, 1] of labels p1: sure, and agreed with p0, of the same shape."""
+    # A whole image counts by its Dice: where calibration changes much, both are wrong more often.
     agreement = overlap_metrics(p0 > 0.5, p1 > 0.5)["dice"].view(-1, 1, 1, 1)
     return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 (ours)
 
@@ -276,47 +257,45 @@ def make_lite0(pretrained=True):
 
 
 class Encoder(nn.Module):
-    """A frozen ImageNet network: x (B, 3, H, W) in [0, 1] -> its last features of each stride.
+    """A frozen ImageNet network: x (B, 3, H, W) in [0, 1] -> {stride: its last features}.
 
-    name: efficientnet_lite0, a network of torchvision (fetched when first used), or scratch: none,
-    x itself is returned. size: (H, W). channels: {stride: number}. Raises DataError for others.
+    name: efficientnet_lite0, scratch (x itself is returned) or a network of torchvision, fetched
+    when first used. Raises DataError for one without features of three strides.
     """
 
     def __init__(self, name, size, pretrained=True):
         super().__init__()
         lite0 = name == "efficientnet_lite0"  # made for [-1, 1]; torchvision's for mean 0, std 1
         self.mean, self.std = (0.5, 0.5) if lite0 else (0.449, 0.226)
-        self.layers, self.channels, self.last = nn.ModuleList(), {}, {}
+        self.layers, self.channels = nn.ModuleList(), {}  # {stride: number of channels}
         if name == "scratch":
             return
         try:
             weights = "DEFAULT" if pretrained else None
             net = make_lite0(pretrained) if lite0 else models.get_model(name, weights=weights)
-            net, x = net.eval(), torch.zeros(1, 3, *size)
             for i, layer in enumerate(getattr(net, "features", net.children())):
                 if i and isinstance(layer, nn.AdaptiveAvgPool2d | Conv2dNormActivation):
                     break  # from here on it serves classification only
                 self.layers.append(layer)
-                x = layer(x)
-                stride = 2 ** round(math.log2(size[1] / x.shape[3]))
-                if stride > 1:
-                    self.last[stride], self.channels[stride] = i, x.shape[1]
+            self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+            features = self(torch.zeros(1, 3, *size))
+            self.channels = {stride: h.shape[1] for stride, h in features.items()}
             if len(self.channels) < 3:
                 raise ValueError("it has no features of growing stride")
         except Exception as error:  # unknown, of another kind, no connection
             why = " ".join(str(error).split())
             raise DataError(f"--encoder {name}: {why}; or take a ResNet") from error
-        self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, x):
         if not self.layers:
             return x
-        h, features = (x - self.mean) / self.std, []
+        h, features = (x - self.mean) / self.std, {}
         h = h.contiguous(memory_format=torch.channels_last)
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             h = layer(h)
-            if i in self.last.values():
-                features.append(h)
+            stride = 2 ** round(math.log2(x.shape[3] / h.shape[3]))
+            if stride > 1:
+                features[stride] = h  # a later layer of this stride replaces it
         return features
 
 
@@ -333,25 +312,24 @@ class Segmenter(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.down, widths = nn.ModuleList(), [64, 48, 32, 24]
+        self.down, self.up, widths = nn.ModuleList(), nn.ModuleList(), [64, 48, 32, 24]
         if not channels:  # from scratch: features of its own, at the strides 2, 4, 8, 16
             channels, widths = {2: 16, 4: 24, 8: 32, 16: 48}, [48, 32, 24]
             self.down.extend([convs(12, 16), convs(16, 24, 2), convs(24, 32, 2), convs(32, 48, 2)])
         *skips, c = channels.values()
-        self.up, self.stride = nn.ModuleList(), min(channels)
         for skip, width in zip(reversed(skips), widths, strict=False):
             self.up.append(convs(c + skip, width))
             c = width
+        self.stride = min(channels)
         self.head = nn.Conv2d(c, self.stride**2, 3, padding=1)
 
     def forward(self, x):
         features = x
         if self.down:
-            h, features = F.pixel_unshuffle(4 * x - 2, 2), []  # (B, 12, H/2, W/2)
-            for layer in self.down:
-                h = layer(h)
-                features.append(h)
-        *skips, h = features
+            h, features = F.pixel_unshuffle(4 * x - 2, 2), {}  # (B, 12, H/2, W/2)
+            for i, layer in enumerate(self.down):
+                h = features[i] = layer(h)
+        *skips, h = features.values()
         for up, skip in zip(self.up, reversed(skips), strict=True):
             h = up(torch.cat([F.interpolate(h, skip.shape[2:]), skip], 1))
         return F.pixel_shuffle(self.head(h), self.stride).float()
@@ -403,9 +381,9 @@ class Denoiser(nn.Module):
         h = torch.cat([h, F.interpolate(low, h.shape[2:])], 1)
         for block in self.last:
             h = block(h, emb)
-        a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
-        # ours: the head predicts v: x0_hat tends to zt as t goes to 0, where inversion starts
         v = self.head(F.silu(self.norm(h))).float()
+        a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
+        # ours: by v, x0_hat tends to zt as t goes to 0, where inversion starts
         return a.sqrt() * zt - (1 - a).sqrt() * v  # Eq. 6 (ours)
 
 
@@ -451,32 +429,28 @@ def segment(ctx, stage, img):
 
 @torch.no_grad()
 def calibrate(ctx, img, p0):
-    """Calibrate labels p0 (B, 1, H, W) of images uint8: the states from t* to 0, the last is p1.
-
-    Returns (B, len(TIMES), H, W) in [0, 1]. The same input gives the same output, bit for bit.
-    """
+    """Labels p0 (B, 1, H, W) of img uint8 -> states (B, len(TIMES), H, W), t* to 0, last is p1."""
     ae, g = ctx.nets["autoencoder"], ctx.nets["denoiser"]
     x, p0 = img.to(ctx.args.device).float() / 255, p0.to(ctx.args.device)
     with autocast(ctx.args):
         z = ae.encode(p0)  # (B, C, h, w)
         c = guide(x, p0, z)
-        for t, t_next in itertools.pairwise(TIMES):  # up, unguided: DDIM inversion
-            z = ddim_step(z, g(z, t, torch.zeros_like(c)), t, t_next)
-        way = [ae.decode(z).sigmoid()]
-        for t, t_next in itertools.pairwise(TIMES[::-1]):  # and down, guided
-            free, guided = g(z, t, torch.zeros_like(c)), g(z, t, c)
-            x0_hat = torch.lerp(free, guided, GUIDANCE)  # Eq. 7 (ours)
+        unguided = torch.zeros_like(c)
+        for t, t_next in itertools.pairwise(TIMES):  # up: DDIM inversion
+            z = ddim_step(z, g(z, t, unguided), t, t_next)
+        way = [z]
+        for t, t_next in itertools.pairwise(TIMES[::-1]):  # and down
+            x0_hat = torch.lerp(g(z, t, unguided), g(z, t, c), GUIDANCE)  # Eq. 7 (ours)
             x0_hat = ae.encode(follow_image(x, ae.decode(x0_hat), ctx.args.kappa))
             z = ddim_step(z, x0_hat, t, t_next)
-            way.append(ae.decode(z).sigmoid())
-    return torch.cat(way, 1)
+            way.append(z)
+        return torch.cat([ae.decode(z).sigmoid() for z in way], 1)
 
 
 def label(ctx, method, r, images):
     """Steps 2, 3, 5: labels of up to POOL images in round r: indices, p0 and p1 (n, 1, H, W).
 
-    p0 is by the segmenter of the round before. Only round 1 of Caudo-Diff calibrates: the denoiser
-    knows the errors of the first segmenter alone, and later labels got worse by it. Else p1 = p0.
+    p0 is by the segmenter of the round before; p1 = p0 unless Caudo-Diff calibrates, in round 1.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(r))
     index = order[:POOL]  # drawn anew in every round
@@ -518,27 +492,16 @@ def means(pred, mask):
 
 
 def evaluate(ctx, test, mask):
-    """Rows {row: {metric: number}} of the test set, and Caudo-Diff's masks (N, 1, H, W), bool.
-
-    mask: the exemplar's, (1, H, W).
-    """
-    truth, probs = consensus(test.masks), {}
-    for row in ("exemplar_only", "self_training", "caudo_diff", "full_supervision"):
+    """Test rows {row: {metric: number}} and Caudo-Diff's masks (N, 1, H, W); mask: exemplar's."""
+    truth = consensus(test.masks)
+    probs = {"exemplar_copied": mask.float().expand_as(truth)}
+    for row in ROWS[1:]:
         stage = row if row == "full_supervision" else f"{row}_{ctx.args.rounds}"
         if stage in ctx.nets:
             probs[row] = batched(partial(segment, ctx, stage), test.images)
-    probs["exemplar_copied"] = mask.float().expand_as(truth)
-    probs["caudo_diff_crf"] = batched(crf_refine, probs["caudo_diff"], test.images)
-    rows = {row: means(probs[row] > 0.5, truth) for row in ROWS if row in probs}
-    return rows, probs["caudo_diff"] > 0.5
-
-
-def evaluate_labels(ctx, images, truth):
-    """Caudo-Diff's pseudo-labels: {which: {metric: number}} of round 1, Dice of every round's."""
-    rounds = [label(ctx, "caudo_diff", r, images) for r in range(1, ctx.args.rounds + 1)]
-    index, p0, p1 = rounds[0]
-    first = {"initial": means(p0 > 0.5, truth[index]), "calibrated": means(p1 > 0.5, truth[index])}
-    return first, [means(p1 > 0.5, truth[index])["dice"] for index, _, p1 in rounds]
+        elif row == "caudo_diff_crf":
+            probs[row] = batched(crf_refine, probs["caudo_diff"], test.images)
+    return {row: means(p > 0.5, truth) for row, p in probs.items()}, probs["caudo_diff"] > 0.5
 
 
 def draw_expansion(expansion, path):
@@ -556,20 +519,22 @@ def draw_calibration(ctx, test, pred, path):
     """Draw the best, median and worst two test images by Dice of pred, the final masks."""
     truth = consensus(test.masks)
     order = overlap_metrics(pred, truth)["dice"].argsort(descending=True).tolist()
-    n, rows = len(order), []
-    places = {"best": order[:2], "median": order[n // 2 : n // 2 + 2], "worst": order[-2:]}
-    for name, i in ((name, i) for name, ids in places.items() for i in ids):
-        img, one = test.images[i : i + 1], slice(i, i + 1)
-        p0 = segment(ctx, "exemplar", img)
-        way = calibrate(ctx, img, p0)[0].cpu()
-        maps = [p0[0, 0].cpu(), way[0], way[2], way[-1], pred[i, 0].float()]
-        dice = [overlap_metrics(p[None, None] > 0.5, truth[one])["dice"].item() for p in maps]
-        photo = img[0].permute(1, 2, 0).numpy()
-        tiles = [(data.colour_map(p), f"Dice {d:.2f}") for p, d in zip(maps, dice, strict=True)]
-        tiles[-1] = data.outline(photo, pred[i, 0], (255, 230, 0)), tiles[-1][1]
-        tiles = [(data.outline(photo, truth[i, 0]), ""), *tiles]
-        rows.append((f"{name}\n{test.ids[i][-7:]}", tiles))
-    titles = ["image + truth", "first label p0", *(f"t = {t}" for t in (TIMES[-1], TIMES[2]))]
+    half, rows = len(order) // 2, []
+    picks = [("best", i) for i in order[:2]]
+    picks += [("median", i) for i in order[half : half + 2]]
+    picks += [("worst", i) for i in order[-2:]]
+    for name, i in picks:
+        photo, p0 = test.images[i], segment(ctx, "exemplar", test.images[i, None])
+        way = calibrate(ctx, photo[None], p0)
+        maps = torch.cat([p0, way[:, [0, 2, -1]]], 1)[0].cpu()  # (4, H, W)
+        maps = torch.cat([maps, pred[i].float()])  # (5, H, W)
+        dice = overlap_metrics(maps[:, None] > 0.5, truth[i, None])["dice"]
+        photo = photo.permute(1, 2, 0).numpy()
+        pictures = [data.outline(photo, truth[i, 0]), *(data.colour_map(p) for p in maps[:4])]
+        pictures.append(data.outline(photo, pred[i, 0], (255, 230, 0)))
+        captions = ["", *(f"Dice {d:.2f}" for d in dice)]
+        rows.append((f"{name}\n{test.ids[i][-7:]}", list(zip(pictures, captions, strict=True))))
+    titles = ["image + truth", "first label p0", f"t = {TIMES[-1]}", f"t = {TIMES[2]}"]
     data.draw_sheet([*titles, "calibrated p1", "Caudo-Diff"], rows, path)
 
 
@@ -590,16 +555,11 @@ def field(b, cells, size):
 
 
 class Expansion:
-    """Step 1: draws labelled pairs, all from one exemplar; other images lend colour and skin.
+    """Step 1: draws labelled pairs, all from one exemplar; other images lend colour and skin."""
 
-    img uint8 (3, H, W), mask bool (1, H, W); images uint8 (N, 3, H, W), unlabelled.
-    """
-
-    def __init__(self, img, mask, images, device):
+    def __init__(self, img, mask, images, device):  # uint8 (3, H, W), bool (1, H, W), (N, 3, H, W)
         self.images, self.mask = images.to(device), mask[None].to(device).float()
         self.img = img[None].to(device).float() / 255
-        stats = batched(lambda i: torch.cat(colour_statistics(i.float() / 255)[:2], 3), images)
-        self.mean, self.std = stats.to(device).split(1, 3)  # (N, 3, 1, 1) each
         h, w = mask.shape[1:]
         y, x = mask[0].nonzero().float().mean(0).tolist()
         self.centre = torch.tensor([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1])  # in [-1, 1]
@@ -609,10 +569,7 @@ class Expansion:
         self.around = (opponent(self.img) * ring).sum((2, 3), keepdim=True) / (ring.sum() + 1e-6)
 
     def warp(self, scale, spread, padding, elastic=1.0):
-        """Turned, squeezed, elastic copies magnified by scale (n,): images, masks (n, C, H, W).
-
-        spread: how far from the middle of the picture the object's centre may lie, in [0, 1].
-        """
+        """Turned, squeezed, elastic copies magnified by scale (n,): images, masks (n, C, H, W)."""
         n, (h, w) = len(scale), self.img.shape[2:]
         turn = 2 * math.pi * torch.rand(n)  # any angle, and mirrored or not
         flip = torch.randint(0, 2, (n,)) * 2 - 1
@@ -620,7 +577,7 @@ class Expansion:
         cos, sin, ratio = turn.cos() / scale, turn.sin() / scale, w / h
         rows = [cos * squeeze * flip, -sin / ratio / squeeze, sin * ratio * squeeze * flip]
         matrix = torch.stack([*rows, cos / squeeze], 1).view(n, 2, 2)
-        to = spread * (2 * torch.rand(n, 2, 1) - 1)
+        to = spread * (2 * torch.rand(n, 2, 1) - 1)  # where its centre goes, 0: the middle
         theta = torch.cat([matrix, self.centre[:, None] - matrix @ to], 2)
         grid = F.affine_grid(theta, (n, 1, h, w), align_corners=False)
         # elastic: 4 and 7 bumps a side shift pixels by up to 8 and 4 % of the side (one deviation)
@@ -633,15 +590,15 @@ class Expansion:
         return warped[:, :3], warped[:, 3:]
 
     def recoloured(self, n):
-        """Warps of the whole exemplar with the colours of random unlabelled images: log colours."""
-        # magnified by 0.9 to 1.8
-        x, mask = self.warp(torch.exp(0.7 * torch.rand(n) - 0.1), 0.5, "reflection")
+        """n warps of the exemplar in the colours of unlabelled images: log colours and masks."""
+        scale = torch.exp(0.7 * torch.rand(n) - 0.1)  # magnified by 0.9 to 1.8
+        x, mask = self.warp(scale, 0.5, "reflection")
         x = x.clamp(0, 1)
-        mean, std, lit = colour_statistics(x)
-        j = torch.randint(len(self.images), (n,))
-        gain = ((self.std[j] + 0.02) / (std + 0.02)).clamp(0.5, 2)  # of contrast, at most twofold
-        y = opponent(x)
-        return y + lit * ((y - mean) * gain + self.mean[j] - y), mask
+        y, (mean, std, lit) = opponent(x), colour_statistics(x)
+        lender = self.images[torch.randint(len(self.images), (n,))].float() / 255
+        new_mean, new_std, _ = colour_statistics(lender)
+        gain = ((new_std + 0.02) / (std + 0.02)).clamp(0.5, 2)  # of contrast, at most twofold
+        return y + lit * ((y - mean) * gain + new_mean - y), mask
 
     def pasted(self, n):
         """The exemplar's object alone, on windows at the border of random unlabelled images."""
@@ -659,8 +616,7 @@ class Expansion:
 
     def __call__(self, b):
         """Draw images (b, 3, H, W) in [0, 1] and masks (b, 1, H, W) in {0, 1}, a third pasted."""
-        k = max(1, b // 3)
-        parts = zip(self.recoloured(b - k), self.pasted(k), strict=True)
+        parts = zip(self.recoloured(b - max(1, b // 3)), self.pasted(max(1, b // 3)), strict=True)
         y, m = (torch.cat(part) for part in parts)
         # the object's contrast to the rest
         area, rest = (w.sum((2, 3), keepdim=True) + 1 for w in (m, 1 - m))
@@ -677,7 +633,7 @@ class Expansion:
 
 
 def strong_view(x):
-    """Photometric noise for the student, on images x (B, 3, H, W) in [0, 1]: the same shape."""
+    """Strong photometric changes of images x (B, 3, H, W) in [0, 1]: the same shape."""
     b, mean = len(x), x.mean((2, 3), keepdim=True)
     # light: up to 35 % more or less, in each colour 13 %, and uneven by up to 15 % (deviation)
     light = torch.exp(uniform(-0.3, 0.3, b) + uniform(-0.12, 0.12, b, 3, 1, 1))
@@ -690,14 +646,12 @@ def strong_view(x):
 
 def corrupt(p):
     """Give masks or predictions p (B, 1, H, W) in [0, 1] the errors of a bad segmenter."""
-    b, size = len(p), p.shape[2:]
-    soft = F.avg_pool2d(p, 7, 1, 3, count_include_pad=False)
-    soft = F.avg_pool2d(soft, 7, 1, 3, count_include_pad=False)
+    b, size, blur = len(p), p.shape[2:], nn.AvgPool2d(7, 1, 3, count_include_pad=False)
     # The border is a slope 13 px wide now, from level 1 inside over 0 to -1. A shift of the level
     # moves it: evenly, and in 4 and 8 waves a side.
     shift = uniform(-0.7, 0.7, b) + uniform(0, 0.6, b) * field(b, 4, size)
     shift = shift + uniform(0, 0.45, b) * field(b, 8, size)
-    level = 2 * soft - 1 + shift.to(p)
+    level = 2 * blur(blur(p)) - 1 + shift.to(p)
     # False blobs, in 29 % of the masks, and holes, in 33 %: where a field of 6 or 5 bumps is high.
     add = (uniform(-3, 1.2, b).clamp(min=0) * (1.3 * field(b, 6, size) - 0.8)).to(p)
     drop = (uniform(-3, 1.5, b).clamp(min=0) * (1.3 * field(b, 5, size) - 0.6)).to(p)
@@ -709,8 +663,7 @@ def corrupt(p):
 def draw_pairs(ctx, expansion, pool=None):
     """A batch of the segmenter, steps 2 and 6: its input, masks and weights (B, 1, H, W).
 
-    Pairs of the expansion alone; or, with a pool, a sixth of them and else pseudo-labelled images.
-    pool: images uint8 (N, 3, H, W), their labels and weights, float (N, 1, H, W).
+    With a pool (images uint8, labels, weights) only a sixth of the batch is of the expansion.
     """
     n = ctx.args.batch_size * 5 // 6 if pool else 0
     x, m = expansion(ctx.args.batch_size - n)
@@ -733,29 +686,23 @@ def draw_labelled(ctx, labelled):
 
 
 def draw_masks(ctx, expansion):
-    """A batch of the autoencoder, step 3: masks (2 B, 1, H, W), half of them bad, and noise."""
+    """A batch of the autoencoder, step 3: masks (2 B, 1, H, W), half of them bad."""
     m = expansion(ctx.args.batch_size)[1]
-    m = torch.cat([m, corrupt(m)])
-    h, w = ctx.args.size
-    return m, torch.randn(len(m), LATENT, h // FACTOR, w // FACTOR).to(m)
+    return [torch.cat([m, corrupt(m)])]
 
 
 @torch.no_grad()
 def draw_latents(ctx, expansion):
-    """A batch of the denoiser, step 4: zt (B, 8, h, w), t (B,), the guide c and the target z0.
-
-    A corrupted mask guides: in 60 % of the pairs what the segmenter says, else the true mask. The
-    true mask is the target. 15 % are unguided, c = 0, for classifier-free guidance.
-    """
-    b, (x, m) = ctx.args.batch_size, expansion(ctx.args.batch_size)
+    """A batch of the denoiser, step 4: zt (B, 8, h, w), t (B,), the guide c and the target z0."""
+    b, ae = ctx.args.batch_size, ctx.nets["autoencoder"]
+    x, m = expansion(b)
     x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
     features = ctx.encoder(strong_view(strong_view(x)))  # so changed that the segmenter errs
     with autocast(ctx.args):
         p = ctx.nets["exemplar"](features).sigmoid()
-    p = corrupt(torch.where(uniform(0, 1, b).to(x) < 0.6, p, m))
-    with autocast(ctx.args):
-        z0, z_p = ctx.nets["autoencoder"].encode(m), ctx.nets["autoencoder"].encode(p)
-    c = guide(x, p, z_p) * (uniform(0, 1, b) > 0.15).to(x)
+        p = corrupt(torch.where(uniform(0, 1, b).to(x) < 0.6, p, m))  # 40 %: of the true mask
+        z0, z_p = ae.encode(m), ae.encode(p)
+    c = guide(x, p, z_p) * (uniform(0, 1, b) > 0.15).to(x)  # 15 % unguided, for Eq. 7
     t = torch.randint(T, (b,)).to(x.device)
     return add_noise(z0, t, torch.randn(z0.shape).to(x)), t, c, z0
 
@@ -769,17 +716,18 @@ def segmenter_loss(net, features, mask, weight):
     return bce / weight.sum().clamp(min=1) + 1 - overlap.mean()
 
 
-def autoencoder_loss(net, m, eps):
+def autoencoder_loss(net, m):
     """Reconstruct masks m (B, 1, H, W) from latents with noise; keeps these at unit variance."""
     z = net.encode(m)
+    noisy = z + 0.05 * torch.randn(z.shape).to(z)
     unit = z.mean().square() + (z.std() - 1).square()
-    return F.binary_cross_entropy_with_logits(net.decode(z + 0.05 * eps), m) + 0.1 * unit
+    return F.binary_cross_entropy_with_logits(net.decode(noisy), m) + 0.1 * unit
 
 
 def denoiser_loss(net, zt, t, c, z0):
     """Mean squared error of v, the network's own output, of a batch of draw_latents."""
     a = ALPHA_BAR.to(z0.device)[t][:, None, None, None]
-    # an error of v is sqrt(1 - a) as large in x0_hat: divided by 1 - a, ctx is the MSE of v
+    # an error of v is sqrt(1 - a) as large in x0_hat: divided by 1 - a, this is the MSE of v
     return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 (ours)
 
 
@@ -792,70 +740,60 @@ def update_ema(ema, net, decay):
         old.copy_(new)
 
 
-def build(stage, encoder):
-    """A new network for a stage."""
-    if stage in ("autoencoder", "denoiser"):
-        return Autoencoder() if stage == "autoencoder" else Denoiser()
-    return Segmenter(encoder.channels)
+def build(ctx, stage):
+    """A new network for a stage, on the run's device."""
+    kinds = {"autoencoder": Autoencoder, "denoiser": Denoiser}
+    net = kinds[stage]() if stage in kinds else Segmenter(ctx.encoder.channels)
+    return net.to(ctx.args.device, memory_format=torch.channels_last)
 
 
-def train(ctx, stage, start, draw, loss_function, steps):
-    """Train one network, the loop of all stages; its EMA goes into ctx.nets.
+def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
+    """Train a new network, or on from start; the loop of all stages: its EMA goes into ctx.nets.
 
-    start: the network it starts from, or None for a new one. draw() returns a batch,
-    loss_function(net, *batch) its loss. All that --resume needs is in last_<stage>.pt; a finished
-    stage is only loaded. Each stage has its own seed: it does not depend on what ran before it.
+    draw() returns a batch, loss_function(net, *batch) its loss. last_<stage>.pt is all that
+    --resume needs. Each stage has its own seed: it does not depend on what ran before it.
     """
     args, file = ctx.args, ctx.folder / f"last_{stage}.pt"
     torch.manual_seed(int(data.fingerprint(args.seed, stage)[:8], 16))
-    net = copy.deepcopy(start).requires_grad_(True) if start else build(stage, ctx.encoder)
-    net = net.train().to(args.device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    net = (copy.deepcopy(start) if start else build(ctx, stage)).train()
+    ema = copy.deepcopy(net).eval()
     opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4)
 
     def rate(k):  # 50 steps of warm-up on half a cosine
         return min(1, (k + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * k / steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, rate)
-    step, seconds = 0, 0.0
-    state = data.load_checkpoint(file, METHOD, ctx.listing) if args.resume and file.exists() else {}
-    if state:
-        step, seconds = state["step"], state["seconds"]
-        ema.load_state_dict(state["ema"])
-    if "net" in state:  # a finished stage needs no more
-        net.load_state_dict(state["net"])
-        opt.load_state_dict(state["opt"])
-        schedule.load_state_dict(state["schedule"])
+    parts = {"net": net, "ema": ema, "opt": opt, "schedule": schedule}
+    first, seconds = 0, 0.0
+    if args.resume and file.exists():
+        state = data.load_checkpoint(file, METHOD, ctx.listing)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         data.set_rng(state["rng"], args.device)
+        first, seconds = state["step"], state["seconds"]
     forward, begin = torch.compile(net) if args.compile else net, time.time() - seconds
-    bar = tqdm(total=steps, initial=step, desc=stage, unit="step", disable=step == steps)
-    while step < steps:
+    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=first == steps)
+    for step in bar:
         batch = draw()  # in float32: bf16 would round the warps' grids by up to a quarter pixel
         with autocast(args):
             loss = loss_function(forward, *batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise DataError(f"{stage}: loss is {value} at step {step}: lower --lr, or --amp off")
+        if not loss.isfinite():
+            raise DataError(f"{stage}: loss is {loss:g} at step {step}: lower --lr, or --amp off")
         opt.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         schedule.step()
-        step += 1
-        update_ema(ema, net, min(0.99, step / (step + 10)))  # short memory first: forget the start
-        bar.update()
-        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-        if step % args.save_every == 0 or step == steps:
+        update_ema(ema, net, min(0.99, (step + 1) / (step + 11)))  # forgets the start early
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
             seconds = time.time() - begin
-            state = {"method": METHOD, "args": vars(args), "data": ctx.listing, "step": step}
-            state |= {"seconds": seconds, "ema": ema.state_dict()}
-            if step < steps:
-                state |= {"net": net.state_dict(), "opt": opt.state_dict()}
-                state |= {"schedule": schedule.state_dict(), "rng": data.get_rng(args.device)}
+            state = {"method": METHOD, "args": vars(args), "data": ctx.listing, "step": step + 1}
+            state |= {"seconds": seconds, "rng": data.get_rng(args.device)}
+            state |= {name: part.state_dict() for name, part in parts.items()}
             data.save_checkpoint(state, file)
             with open(ctx.folder / "log.csv", "a") as log:
-                log.write(f"{stage},{step},{value:.5f}\n")
-    bar.close()
+                log.write(f"{stage},{step + 1},{loss:.5f}\n")
     ctx.nets[stage], ctx.seconds[stage] = ema, round(seconds, 1)
     return ema
 
@@ -866,75 +804,66 @@ def train(ctx, stage, start, draw, loss_function, steps):
 
 
 def choose_exemplar(train_set, wanted):
-    """Index of the exemplar, by its id; auto:K is the image that is K-th nearest to the median.
-
-    Nearest by colours, contrast and what the centre differs by, in median deviations; no mask is
-    looked at. Raises DataError for an unknown id.
-    """
+    """Index of the exemplar by its id; auto:K has the K-th most typical colours, masks unseen."""
     if wanted in train_set.ids:
         return train_set.ids.index(wanted)
     auto, n = re.fullmatch(r"auto(?::(\d+))?", wanted), len(train_set)
     if not (auto and 1 <= int(auto[1] or 1) <= n):
         why = f"not auto, auto:K, nor one of the {n} training images, {train_set.ids[0]} .."
         raise DataError(f"--exemplar {wanted}: {why} (without val/ a tenth of them is set aside)")
-    h, w = train_set.images.shape[2:]
-    stats = []
-    for img in train_set.images.split(64):
+    h, w = (side // 4 for side in train_set.images.shape[2:])
+
+    def look(img):  # colours, contrast and what the centre differs by
         mean, std, _ = colour_statistics(img.float() / 255)
-        middle = opponent(img.float() / 255)[:, :, h // 4 : -(h // 4), w // 4 : -(w // 4)]
-        middle = middle.mean((2, 3), keepdim=True) - mean
-        stats.append(torch.cat([mean, std, middle], 1).flatten(1))  # (B, 9)
-    off = (torch.cat(stats) - torch.cat(stats).median(0).values).abs()  # (N, 9)
+        centre = opponent(img.float() / 255)[:, :, h:-h, w:-w].mean((2, 3), keepdim=True)
+        return torch.cat([mean, std, centre - mean], 1).flatten(1)  # (B, 9)
+
+    looks = batched(look, train_set.images)
+    off = (looks - looks.median(0).values).abs()  # (N, 9); then in median deviations
     order = (off / (off.median(0).values + 1e-6)).square().sum(1).argsort()
     return order[int(auto[1] or 1) - 1].item()
 
 
-def train_all(ctx, expansion, images, labelled):
+def train_all(ctx, expansion, labelled):
     """Train all stages, steps 2, 3, 4 and 6; labelled: the set with its masks, or None.
 
-    All rows of the table take as many steps from the same start; full supervision, the ceiling,
-    takes as many with the masks of all images.
+    All rows take as many steps; full supervision, the ceiling, with the masks of all images.
     """
-    n, rounds, pairs = ctx.args.steps, ctx.args.rounds, partial(draw_pairs, ctx, expansion)
-    masks, latents = partial(draw_masks, ctx, expansion), partial(draw_latents, ctx, expansion)
-    first = train(ctx, "exemplar", None, pairs, segmenter_loss, n)
-    train(ctx, "autoencoder", None, masks, autoencoder_loss, 2 * n)
-    train(ctx, "denoiser", None, latents, denoiser_loss, n)
+    n, more, pairs = ctx.args.steps, ctx.args.round_steps, partial(draw_pairs, ctx, expansion)
+    first = train(ctx, "exemplar", n, pairs)
+    train(ctx, "autoencoder", 2 * n, partial(draw_masks, ctx, expansion), autoencoder_loss)
+    train(ctx, "denoiser", n, partial(draw_latents, ctx, expansion), denoiser_loss)
     for method in ("caudo_diff", "self_training", "exemplar_only")[: 3 if labelled else 1]:
         net, pool = first, None
-        for r in range(1, rounds + 1):
+        for r in range(1, ctx.args.rounds + 1):
             if method != "exemplar_only":
-                index, p0, p1 = label(ctx, method, r, images)
-                pool = images[index], (p1 > 0.5).float(), reliability(p0, p1)
-            draw = partial(pairs, pool)
-            net = train(ctx, f"{method}_{r}", net, draw, segmenter_loss, ctx.args.round_steps)
+                index, p0, p1 = label(ctx, method, r, expansion.images)
+                pool = expansion.images[index], (p1 > 0.5).float(), reliability(p0, p1)
+            net = train(ctx, f"{method}_{r}", more, partial(pairs, pool), start=net)
     if labelled:
-        steps, draw = n + rounds * ctx.args.round_steps, partial(draw_labelled, ctx, labelled)
-        train(ctx, "full_supervision", None, draw, segmenter_loss, steps)
+        steps = n + ctx.args.rounds * more
+        train(ctx, "full_supervision", steps, partial(draw_labelled, ctx, labelled))
 
 
 def load_run(args, folder, listing=None):
     """The networks of a finished run, from best.pt; listing: of the training data, checked."""
-    path = args.checkpoint or folder / "best.pt"
-    state = data.load_checkpoint(path, METHOD, listing)
+    state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, listing)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
     ctx = Context(args, folder, listing, encoder, {}, state["seconds"])
     for stage, weights in state["nets"].items():
-        net = build(stage, encoder).to(args.device, memory_format=torch.channels_last)
-        net.load_state_dict(weights)
-        ctx.nets[stage] = net.eval().requires_grad_(False)
+        ctx.nets[stage] = build(ctx, stage).eval()
+        ctx.nets[stage].load_state_dict(weights)
     return ctx
 
 
 def run(args):
     """Load, train, evaluate, draw."""
-    folder = data.run_folder(METHOD, args)
+    folder, root = data.run_folder(METHOD, args), args.data_root
     if args.predict:
         return predict(load_run(args, folder), folder / "predictions")
-    limit, root = 24 if args.quick else None, args.data_root
-    options = {"size": args.size, "limit": limit, "workers": args.num_workers}
-    load = partial(data.load_segmentation, args.data, root, **options)
+    more = {"limit": 24 if args.quick else None, "workers": args.num_workers}
+    load = partial(data.load_segmentation, args.data, root, size=args.size, **more)
     train_set, test = load("train", images_only=True), load("test")
     i = choose_exemplar(train_set, args.exemplar)
     exemplar, others = train_set.ids[i], [k for k in range(len(train_set)) if k != i]
@@ -955,22 +884,24 @@ def run(args):
         ctx = Context(args, folder, listing, encoder, {}, {})
         expansion = Expansion(train_set.images[i], mask, images, args.device)
         draw_expansion(expansion, folder / "figures" / "expansion.png")
-        train_all(ctx, expansion, images, labelled)
-        nets = {stage: net.state_dict() for stage, net in ctx.nets.items()}
+        train_all(ctx, expansion, labelled)
         state = {"method": METHOD, "args": vars(args), "data": listing, "seconds": ctx.seconds}
-        state |= {"nets": nets, "encoder": encoder.state_dict()}
+        state["nets"] = {stage: net.state_dict() for stage, net in ctx.nets.items()}
+        state["encoder"] = encoder.state_dict()
         data.save_checkpoint(state, folder / "best.pt")
     rows, pred = evaluate(ctx, test, mask)
-    figure = folder / "figures" / "calibration.png"
-    draw_calibration(ctx, test, pred, figure)
-    more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}
     data.print_table(rows)
+    more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}
     if labelled:
-        labels, dice = evaluate_labels(ctx, images, consensus(labelled.masks[others]))
-        more |= {"pseudo_labels": labels, "dice_of_labels_by_round": dice}
+        index, p0, p1 = label(ctx, "caudo_diff", 1, images)
+        truth = consensus(labelled.masks[others])[index]
+        labels = {"initial": means(p0 > 0.5, truth), "calibrated": means(p1 > 0.5, truth)}
+        more["pseudo_labels"] = labels
         print("\nPseudo-labels of the first round:")
         data.print_table(labels)
     data.write_result(folder / "result.json", args, METHOD, rows, seconds=ctx.seconds, **more)
+    figure = folder / "figures" / "calibration.png"
+    draw_calibration(ctx, test, pred, figure)
     print(f"\n{len(test)} test images, exemplar {exemplar}. Open {figure}")
 
 

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,15 +33,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock  # comes with torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, ImageStat
+from torchvision import datasets
 from tqdm import tqdm
 
 ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018"
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files"
 ISIC_SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-MAX_PIXELS = 400_000_000  # 20,000 x 20,000, 1.2 GB once decoded: a larger file gets a DataError
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit warns from 89 million on
+Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow refuses files of more than twice as many
 CACHE_FORMAT = 3  # count up when decoding changes: caches of another format are built anew
 SPLIT_SEED = 2018  # of the splits drawn for a folder that has none; not the run's seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
@@ -63,7 +64,7 @@ def number(low, high=math.inf, kind=float):
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high or value == math.inf:
             most = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}{most}")
         return value
@@ -107,8 +108,8 @@ def bf16_is_fast(device):
 
 def make_parser(script, doc):
     """An argument parser with the flags that all scripts share; each adds its own."""
-    about, formatter = doc.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog=script, description=about, formatter_class=formatter)
+    parser = argparse.ArgumentParser(script, description=doc.split("\n")[0])
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     add("--data-root", default="data", help="folder that holds, or will receive, the data set")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all that is drawn at random")
@@ -120,9 +121,7 @@ def make_parser(script, doc):
     add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
     add("--eval-only", action="store_true", help="no training: the table again, from best.pt")
     add("--checkpoint", metavar="FILE", help="best.pt elsewhere, for --eval-only and --predict")
-    add(
-        "--predict", nargs="+", metavar="PATH", help="apply it to these images or folders of images"
-    )
+    add("--predict", nargs="+", metavar="PATH", help="apply it to images or folders of images")
     add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
     add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
     return parser
@@ -134,11 +133,10 @@ def parse_flags(parser, argv, method):
     Returns the flags and, as `command`, the command line that trains or trained. Raises DataError
     if the checkpoint cannot be used or a given flag differs from it: that would be another run.
     """
-    device = parser.parse_args(argv).device
-    parser.set_defaults(amp="on" if bf16_is_fast(device) else "off")
     args = parser.parse_args(argv)
     if args.checkpoint and not (args.eval_only or args.predict):
         parser.error("--checkpoint goes with --eval-only or --predict; to go on, take --resume")
+    args.amp = args.amp or ("on" if bf16_is_fast(args.device) else "off")
     args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     folder = run_folder(method, args)
     path = args.checkpoint or folder / "best.pt"
@@ -150,13 +148,15 @@ def parse_flags(parser, argv, method):
     elif not (args.eval_only or args.predict):
         return args
     saved = load_checkpoint(path, method)["args"]
-    parser.set_defaults(**{name: value for name, value in saved.items() if name not in FREE})
+    kept = {name: value for name, value in saved.items() if name not in FREE}
+    parser.set_defaults(**kept)
     args = parser.parse_args(argv)
     args.command = saved["command"]
-    for name, was in saved.items():
-        now = getattr(args, name, None)
-        if name not in FREE and now != was:
-            was, now = (f"{x[1]}x{x[0]}" if name == "size" else x for x in (was, now))
+    for name, was in kept.items():
+        now = getattr(args, name)
+        if now != was:
+            if name == "size":
+                was, now = (f"{w}x{h}" for h, w in (was, now))
             flag = name.replace("_", "-")
             raise DataError(f"{path} was trained with --{flag} {was}, not {now}; leave it out")
     return args
@@ -184,17 +184,16 @@ def one_line_errors(script):
     """Around a whole run: foreseeable errors become one line each and exit status 2."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        why = "the GPU's memory is full: lower --batch-size or --size"
-        print(f"{script}: error: {why}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (DataError, OSError) as error:
-        for line in (str(error) or repr(error)).splitlines():
-            print(f"{script}: error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{script}: stopped; --resume goes on from what was saved", file=sys.stderr)
         raise SystemExit(130) from None
+    except (DataError, OSError, torch.cuda.OutOfMemoryError) as error:
+        why = str(error) or repr(error)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            why = "the GPU's memory is full: lower --batch-size or --size"
+        for line in why.splitlines():
+            print(f"{script}: error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # ==================================================================================================
@@ -212,7 +211,7 @@ def save_checkpoint(state, path):
 
     state: a dict with "method", "args" (vars of the flags) and "data" (a fingerprint).
     """
-    temp = path.with_suffix(".tmp")
+    temp = path.with_suffix(f".{os.getpid()}")
     try:
         torch.save(state, temp)
         os.replace(temp, path)
@@ -280,9 +279,8 @@ def print_table(rows):
 def colour_map(x):
     """Map x (H, W) in [0, 1] to colours uint8 (H, W, 3), black over violet and orange to white."""
     stops = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 200]])
-    table = [np.interp(np.linspace(0, 4, 256), np.arange(5), stops[:, c]) for c in range(3)]
-    index = (np.asarray(x, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8)
-    return np.stack(table, -1).astype(np.uint8)[index]
+    channels = [np.interp(x, np.linspace(0, 1, 5), levels) for levels in stops.T]
+    return np.stack(channels, -1).astype(np.uint8)
 
 
 def outline(img, mask, colour=(0, 255, 160)):
@@ -293,18 +291,15 @@ def outline(img, mask, colour=(0, 255, 160)):
 
 
 def save_png(pixels, path):
-    """Write an array uint8 (H, W) or (H, W, 3), or a sheet, as PNG; makes its folder."""
+    """Write an array uint8 (H, W) or (H, W, 3) as PNG; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path)
+    Image.fromarray(pixels).save(path)
 
 
-def draw_sheet(titles, rows, path, side=128):
-    """Write a picture of pictures: rows of (label, [(uint8 (H, W, 3) or None, caption), ...]).
-
-    titles stand over the columns; side: about how wide a picture is drawn, in pixels.
-    """
+def draw_sheet(titles, rows, path):
+    """Write a picture of pictures: titles, then rows (label, [(uint8 (H, W, 3), caption), ...])."""
     height, width = rows[0][1][0][0].shape[:2]
-    scale = max(1, round(side / width))  # by whole numbers, so that pixels stay pixels
+    scale = max(1, round(128 / width))  # by whole numbers, so that pixels stay pixels
     w, h, top, bar = width * scale + 4, height * scale + 16, 16, 58
     sheet = Image.new("RGB", (bar + w * len(titles), top + h * len(rows)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
@@ -313,10 +308,9 @@ def draw_sheet(titles, rows, path, side=128):
     for y, (label, tiles) in zip(range(top, sheet.height, h), rows, strict=True):
         pen.text((2, y + 4), label, "black", font=font)
         for x, (tile, caption) in zip(range(bar, sheet.width, w), tiles, strict=True):
-            if tile is not None:
-                sheet.paste(Image.fromarray(tile).resize((w - 4, h - 16), 0), (x, y))
+            sheet.paste(Image.fromarray(tile).resize((w - 4, h - 16), 0), (x, y))
             pen.text((x + 2, y + h - 16), caption[: w // 6], "black", font=font)
-    save_png(sheet, path)
+    save_png(np.asarray(sheet), path)
 
 
 class Photo(NamedTuple):
@@ -335,8 +329,9 @@ def images_to_predict(paths, size):
     """
     files, errors, names = [], [], set()
     for path in map(Path, paths):
-        found = sorted(p for p in path.rglob("*") if is_image(p)) if path.is_dir() else [path]
-        errors += [] if found else [f"--predict {path}: no image in this folder"]
+        found = sorted(filter(is_image, path.rglob("*"))) if path.is_dir() else [path]
+        if not found:
+            errors.append(f"--predict {path}: no image in this folder")
         files += found
     for path in tqdm(files, "predict", unit="image", disable=None):
         try:
@@ -345,11 +340,12 @@ def images_to_predict(paths, size):
                 raise DataError(f"{path}: {img.shape[2]} x {img.shape[1]} px, smaller than 8 x 8")
         except DataError as error:
             errors.append(str(error))
-        else:
-            same = (f"_{k}" for k in range(2, len(files) + 2))
-            name = next(n for n in (path.stem, *(path.stem + s for s in same)) if n not in names)
-            names.add(name)
-            yield Photo(path, name, img, small)
+            continue
+        name = path.stem
+        while name in names:
+            name += "_2"
+        names.add(name)
+        yield Photo(path, name, img, small)
     if errors:
         raise DataError("\n".join(errors))
 
@@ -373,8 +369,6 @@ def _open(path, size=None, paper="white"):
     """Open an image upright, transparency laid on paper; size lets JPEGs be decoded smaller."""
     try:
         with Image.open(path) as img:
-            if img.width * img.height > MAX_PIXELS:
-                raise ValueError(f"{img.width} x {img.height} px; the limit is {MAX_PIXELS:,} px")
             if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
                 img.draft(None, (max(size), max(size)))
             img = ImageOps.exif_transpose(img)
@@ -394,7 +388,7 @@ def read_image(path, size=None):
     """Read any image file as uint8 (3, H, W); size = (H, W) squeezes it to that, antialiased.
 
     Converts grey, palette, CMYK, 16-bit and transparent (on white) images, applies EXIF rotation.
-    Raises DataError if the file is unreadable, truncated or above MAX_PIXELS.
+    Raises DataError if the file is unreadable, truncated or above 400 million pixels.
     """
     img = _open(path, size)
     if size:
@@ -416,17 +410,14 @@ def read_mask(path, image, size=None):
     if mask.size != upright:
         why = f"its size {mask.size} differs from that of its image {image}, {upright}"
         raise DataError(f"{path}: {why}; save both upright")
-    rgb = np.asarray(mask)  # (H, W, 3)
-    level = rgb.max(2)  # so that a pure colour counts as much as white
+    level = np.asarray(mask).max(2)  # (H, W), so that a pure colour counts as much as white
     top = float(level.max())
     mid = (level > 0.1 * top) & (level < 0.9 * top)
     flat = mid[1:, 1:] & (level[1:, 1:] == level[:-1, 1:]) & (level[1:, 1:] == level[1:, :-1])
-    on = rgb[level >= 0.9 * top].astype(np.float32)  # (N, 3)
-    on = on[:: len(on) // 10_000 + 1]  # a sample will do
-    colours = (np.abs(on - np.median(on, 0)) > 0.2 * top).any(1)
+    spread = ImageStat.Stat(mask, Image.fromarray(level >= 0.9 * top)).stddev  # (3,) of its colour
     # Class labels are small numbers; a third class is a flat grey or another colour.
-    labels, third = 2 <= top < 32, flat.sum() > 0.01 * level.size or colours.mean() > 0.01
-    if labels or third or mid.mean() > 0.1:
+    third = flat.sum() > 0.01 * level.size or max(spread) > 0.1 * top
+    if 2 <= top < 32 or third or mid.mean() > 0.1:
         raise DataError(f"{path}: a mask with more than two values; save it as 0 and 255")
     img = Image.fromarray((level > top / 2).astype(np.uint8) * 255)
     img = img.resize((size[1], size[0]), Image.Resampling.BOX) if size else img
@@ -438,37 +429,41 @@ def read_mask(path, image, size=None):
 # ==================================================================================================
 
 
-def _listing(paths, root):
-    """What tells whether files changed: [path relative to root, bytes, time of change] of each."""
-    stats = [(os.path.relpath(path, root), path.stat()) for path in paths]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+def _existing(root):
+    """root as a path; one that is neither there nor the default is a typo: nothing is fetched."""
+    root = Path(root)
+    if not root.is_dir() and root != Path("data"):
+        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
+    return root
 
 
 def _store(key, sources, decode, root, workers):
-    """Decode sources (tuples of paths) in threads, or load their cache: tensor (len(sources), ...).
+    """Decode sources (tuples of paths) in threads: tensor (len(sources), ...) and the files' state.
 
-    The cache, one file `<root>/.cache/<key>.pt`, counts while all files are as they were.
+    The state is [path relative to root, bytes, time of change] of each. The cache, one file
+    `<root>/.cache/<key>.pt`, counts while it is the same.
     """
-    cache, stacked = Path(root, ".cache", f"{key}.pt"), None
-    listing = [CACHE_FORMAT, *_listing((path for paths in sources for path in paths), root)]
+    cache, state = root / ".cache" / f"{key}.pt", []
+    for path in itertools.chain(*sources):
+        stat = path.stat()
+        state.append([os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns])
+    listing = [CACHE_FORMAT, *state]
     with contextlib.suppress(Exception):  # none there, or broken (torch raises all kinds): build it
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["listing"] == listing:
-            return saved["stacked"]
+            return saved["stacked"], state
     with ThreadPoolExecutor(workers) as pool:
         decoded = pool.map(lambda paths: decode(*paths), sources)
         for i, x in enumerate(tqdm(decoded, f"decoding {key}", len(sources), unit="image")):
-            stacked = x.new_empty(len(sources), *x.shape) if stacked is None else stacked
+            if i == 0:  # filled one by one: a list of all images would take their memory twice
+                stacked = x.new_empty(len(sources), *x.shape)
             stacked[i] = x
-    temp = cache.with_name(f"{key}.{os.getpid()}")
     try:
         cache.parent.mkdir(exist_ok=True)
-        torch.save({"listing": listing, "stacked": stacked}, temp)
-        os.replace(temp, cache)
-    except (OSError, RuntimeError) as error:  # a read-only place, a full disk
-        print(f"warning: no cache, {cache}: {error}; it decodes again next time", file=sys.stderr)
-        temp.unlink(missing_ok=True)
-    return stacked
+        save_checkpoint({"listing": listing, "stacked": stacked}, cache)
+    except (DataError, OSError) as error:  # a read-only place, a full disk
+        print(f"warning: {error}; it decodes again next time", file=sys.stderr)
+    return stacked, state
 
 
 @dataclass
@@ -490,29 +485,26 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
     limit: at most the first n images. images_only: no mask is opened or looked for, R = 0.
     workers: threads that decode. Raises DataError for bad data.
     """
-    root = Path(root)
     if name == "synthetic":
         n = min(limit or math.inf, SYNTHETIC_COUNTS[split])
         images, masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
         ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
         masks = masks[:, : 0 if images_only else None]
         return SegmentationSet(name, split, ids, images, masks, fingerprint(ids, size))
-    if not root.is_dir() and (name, root) != ("isic2018", Path("data")):
-        # also for isic2018: a typo must not start a download of 13 GB
-        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
+    root = _existing(root)
     sources = _pairs(name, root, split, [] if images_only else None)[:limit]
 
     def decode(image, *masks):
         return torch.cat([read_mask(path, image, size) for path in masks])  # (R, H, W)
 
-    n, key = len(sources), f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}"
-    first = [(image,) for image, *_ in sources]
-    images = _store(f"{key}-images", first, lambda path: read_image(path, size), root, workers)
-    masks = images.new_empty(n, 0, *size)
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}"
+    first = [paths[:1] for paths in sources]
+    images, files = _store(f"{key}-images", first, lambda x: read_image(x, size), root, workers)
+    masks = images.new_empty(len(sources), 0, *size)
     if not images_only:
-        masks = _store(f"{key}-masks", sources, decode, root, workers)
-    listing = fingerprint(_listing((path for paths in sources for path in paths), root))
-    return SegmentationSet(name, split, [s[0].stem for s in sources], images, masks, listing)
+        masks, files = _store(f"{key}-masks", sources, decode, root, workers)
+    ids = [image.stem for image, *_ in sources]
+    return SegmentationSet(name, split, ids, images, masks, fingerprint(files))
 
 
 def load_mask(name, root, split, stem, size):
@@ -533,7 +525,7 @@ def load_mask(name, root, split, stem, size):
 
 
 def _pairs(name, root, split, masked=None):
-    """[(image, mask of each rater)] paths sorted by stem; only those in masked get any, None: all.
+    """[(image, mask of each rater)] paths sorted by stem; masked: stems that need masks; None: all.
 
     folder: <root>/<split>/{images,masks}, for several raters masks_1, masks_2 ...; without val, a
     tenth of train; without splits, 80/10/10. isic2018: the official folders, fetched if missing.
@@ -556,16 +548,11 @@ def _pairs(name, root, split, masked=None):
     images = _by_stem(folder)
     raters = [_by_stem(rater) for rater in raters] if masked != [] else []
     for rater in raters:
-        lack = sorted(set(images if masked is None else masked) - set(rater))
-        extra = sorted(set(rater) - set(images)) if masked is None else []
-        if lack:
-            raise DataError(f"{images[lack[0]]}: has no mask; add it or remove this file")
-        if extra:
-            raise DataError(f"{rater[extra[0]]}: has no image; add it or remove this file")
-    pairs = []
-    for stem in sorted(images):
-        wanted = masked is None or stem in masked
-        pairs.append((images[stem], *(rater[stem] for rater in raters if wanted)))
+        odd = images.keys() ^ rater.keys() if masked is None else set(masked) - rater.keys()
+        for stem in sorted(odd):
+            path, lacks = (images[stem], "mask") if stem in images else (rater[stem], "image")
+            raise DataError(f"{path}: has no {lacks}; add it or remove this file")
+    pairs = [(images[stem], *(rater.get(stem) for rater in raters)) for stem in sorted(images)]
     if drawn:
         order = np.random.RandomState(SPLIT_SEED).permutation(len(pairs)).tolist()
         k = max(1, round(len(pairs) / 10))
@@ -579,12 +566,11 @@ def _pairs(name, root, split, masked=None):
 def _by_stem(folder):
     """{stem without _segmentation: path} of the image files in a folder."""
     found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in sorted(filter(is_image, folder.glob("*"))):
         stem = path.stem.removesuffix("_segmentation")
-        if is_image(path) and stem in found:
+        if stem in found:
             raise DataError(f"{path}: another file here has this name too; rename or remove one")
-        if is_image(path):
-            found[stem] = path
+        found[stem] = path
     if not found:
         raise DataError(f"{folder}: no image file here; fill it or correct --data-root")
     return found
@@ -631,7 +617,6 @@ def load_classification(name, root, split, size, limit=None, workers=8):
     name: synthetic | folder | cub200 | aircraft | flowers102 | pets. limit: about so many images,
     evenly spaced in the list. Raises DataError for bad data and failed downloads.
     """
-    root = Path(root)
     if name == "synthetic":
         n = BIRDS_COUNTS[split]
         images, labels = synthetic_birds(n, size, seed=n)
@@ -639,43 +624,33 @@ def load_classification(name, root, split, size, limit=None, workers=8):
         ids = [f"{split}_{i:04d}" for i in range(0, n, step)]
         images, labels, listing = images[::step], labels[::step], fingerprint(ids, size)
         return ClassificationSet(name, split, ids, images, labels, BIRD_CLASSES, listing)
-    if not root.is_dir() and root != Path("data"):  # a typo must not start a download
-        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
-    sources, classes = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)(
-        name, root, split
-    )
+    root = _existing(root)
+    find = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)
+    sources, classes = find(name, root, split)
     if len(classes) < 2:
         raise DataError(f"{name} in {root}: only one class, {classes[0]}; at least two are needed")
     sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
     paths, labels = zip(*sources, strict=True)
     key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
     one = [(path,) for path in paths]
-    images = _store(key, one, lambda path: read_image(path, size), root, workers)
-    ids = [os.path.relpath(path, root) for path in paths]
-    listing = fingerprint(_listing(paths, root), labels, classes)
+    images, files = _store(key, one, lambda path: read_image(path, size), root, workers)
+    ids, listing = [name for name, *_ in files], fingerprint(files, labels, classes)
     return ClassificationSet(name, split, ids, images, torch.tensor(labels), classes, listing)
 
 
 def _class_folders(name, root, split):
     """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty."""
-    parts = {}
-    for part in ("train", split):
-        if not (root / part).is_dir():
-            raise DataError(f"{root / part}: this folder does not exist; it holds a folder a class")
-        folders = sorted(p.name for p in (root / part).iterdir() if p.is_dir())
-        parts[part] = [name for name in folders if name[0] != "."]
-    classes = parts["train"]
-    for odd in sorted(set(classes) ^ set(parts[split])):
+    found = []
+    for folder in (root / "train", root / split):
+        try:
+            found.append(datasets.ImageFolder(folder, is_valid_file=lambda p: is_image(Path(p))))
+        except OSError as error:
+            why = f"it does not exist, or has a class with no image ({error})"
+            raise DataError(f"{folder}: {why}; give each class a folder of images") from error
+    train, part = found
+    for odd in sorted(set(train.classes) ^ set(part.classes)):
         raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
-    if not classes:
-        raise DataError(f"{root / 'train'}: no class folder here; give each class a folder")
-    sources = []
-    for label, c in enumerate(classes):
-        files = sorted(p for p in (root / split / c).iterdir() if is_image(p))
-        if not files:
-            raise DataError(f"{root / split / c}: a class with no image; fill or remove the folder")
-        sources += [(path, label) for path in files]
-    return sources, classes
+    return [(Path(path), label) for path, label in part.samples], part.classes
 
 
 def _cub200(name, root, split):
@@ -695,15 +670,13 @@ def _cub200(name, root, split):
 
 def _torchvision(name, root, split):
     """[(path, label)] and class names by torchvision; flowers102 trains on its train and val."""
-    from torchvision import datasets  # here: the segmentation scripts do without it
-
-    loader, train_parts = {
-        "aircraft": (datasets.FGVCAircraft, ["trainval"]),
-        "flowers102": (datasets.Flowers102, ["train", "val"]),
-        "pets": (datasets.OxfordIIITPet, ["trainval"]),
+    loader, *parts = {
+        "aircraft": (datasets.FGVCAircraft, "trainval"),
+        "flowers102": (datasets.Flowers102, "train", "val"),
+        "pets": (datasets.OxfordIIITPet, "trainval"),
     }[name]
+    parts = parts if split == "train" else ["test"]
     try:
-        parts = train_parts if split == "train" else ["test"]
         sets = [loader(root, split=part, download=True) for part in parts]
     except Exception as error:  # of the network, the archive or a missing scipy: all kinds
         why = " ".join(str(error).split())
@@ -712,9 +685,8 @@ def _torchvision(name, root, split):
     for part in sets:
         files = getattr(part, "_image_files", None) or part._images
         sources += zip(map(Path, files), part._labels, strict=True)
-    n = max(label for _, label in sources) + 1
-    classes = getattr(sets[0], "classes", None)  # flowers102 has none before torchvision 0.22
-    return sources, list(classes or (f"class {k + 1}" for k in range(n)))
+    numbered = [f"class {k + 1}" for k in sorted({label for _, label in sources})]
+    return sources, getattr(sets[0], "classes", numbered)  # flowers102: not before torchvision 0.22
 
 
 def label_split(labels, fraction=None, per_class=None, seed=0):
@@ -723,20 +695,20 @@ def label_split(labels, fraction=None, per_class=None, seed=0):
     labels (N,) int64; either a fraction in (0, 1] of the whole, at least one image a class, or a
     number per class. Raises DataError if a class has fewer images.
     """
-    g, chosen, counts = torch.Generator().manual_seed(seed), [], labels.bincount()
-    take = torch.full_like(counts, per_class or 0) * (counts > 0)
-    if not per_class:  # whole numbers; what is missing to the fraction goes to the largest rests
+    counts = labels.bincount()
+    if per_class:
+        take = per_class * (counts > 0)
+    else:  # whole numbers; what is missing to the fraction goes to the largest rests
         share = fraction * counts.double()
         take = torch.maximum(share.long(), (counts > 0).long())
         missing = max(0, round(fraction * len(labels)) - int(take.sum()))
         take[(share - take).argsort(descending=True, stable=True)[:missing]] += 1
+    g, labelled = torch.Generator().manual_seed(seed), torch.zeros(len(labels), dtype=torch.bool)
     for c in counts.nonzero()[:, 0].tolist():
         mine = (labels == c).nonzero()[:, 0]
         if take[c] > len(mine):
             raise DataError(f"class {c} has {len(mine)} training images, not {take[c]}; label less")
-        chosen.append(mine[torch.randperm(len(mine), generator=g)[: take[c]]])
-    labelled = torch.zeros(len(labels), dtype=torch.bool)
-    labelled[torch.cat(chosen)] = True
+        labelled[mine[torch.randperm(len(mine), generator=g)[: take[c]]]] = True
     return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
 
 
@@ -766,10 +738,9 @@ def _download(url, part, note):
         with urllib.request.urlopen(request, timeout=60) as response:
             start = start if response.status == 206 else 0  # no Range here: from the beginning
             total = start + int(response.headers.get("Content-Length", 0))
-            bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True)
-            with open(part, "ab" if start else "wb") as file, bar:
-                while chunk := response.read(1 << 20):
-                    bar.update(file.write(chunk))
+            bar = tqdm.wrapattr(response, "read", total, desc=part.stem, initial=start)
+            with open(part, "ab" if start else "wb") as file, bar as body:
+                shutil.copyfileobj(body, file)
         if part.stat().st_size < total:
             raise OSError(f"broken off at {part.stat().st_size:,} of {total:,} bytes")
     except Exception as error:
@@ -801,10 +772,26 @@ def _unpack(part, folder):
 # ==================================================================================================
 
 
-def _in_chunks(draw, n, seed, chunk):
-    """Concatenate draw(seed) of whole chunks, each with its seed, to n images: n never matters."""
-    parts = [draw(seed + 9973 * i) for i in range(0, n, chunk)]
+def _in_chunks(draw, b, n, size, seed):
+    """Draw n images in chunks of b, each with its seed: the first images are those of any n."""
+    parts = [draw(b, size, seed + 9973 * i) for i in range(0, n, b)]
     return tuple(torch.cat(x)[:n] for x in zip(*parts, strict=True))
+
+
+def _canvas(b, size, seed):
+    """What both draw b images with: generator, u, field, width of a pixel, coordinates y, x."""
+    (h, w), g = size, torch.Generator().manual_seed(seed)
+
+    def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
+        return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
+
+    def field(rows, columns=None, channels=1):  # smooth noise (B, channels, H, W), sd about 1
+        z = 1.3 * torch.randn(b, channels, rows, columns or rows * 4 // 3, generator=g)
+        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
+
+    px = 2 / min(h, w)  # the short side spans -1..1
+    y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
+    return g, u, field, px, y, x
 
 
 def synthetic_dermoscopy(n, size, seed):
@@ -813,29 +800,20 @@ def synthetic_dermoscopy(n, size, seed):
     Raters: tight, loose, polygonal, smooth. Skin and lesion are layers of melanin and blood that
     absorb light; over them hairs, ink, stickers, rulers; last the lamp, the lens and the sensor.
     """
-    return _in_chunks(lambda s: _dermoscopy(size, s, b=50), n, seed, 50)
+    return _in_chunks(_dermoscopy, 50, n, size, seed)
 
 
-def _dermoscopy(size, seed, b):
+def _dermoscopy(b, size, seed):
     """Draw b images (b, 3, H, W) and masks (b, 4, H, W); see synthetic_dermoscopy."""
-    (h, w), g = size, torch.Generator().manual_seed(seed)
-
-    def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
-        return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
-
-    def field(cells):  # smooth noise (B, 1, H, W), standard deviation about 1
-        z = 1.3 * torch.randn(b, 1, cells, cells * 4 // 3, generator=g)
-        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
+    g, u, field, px, y, x = _canvas(b, size, seed)
 
     def rgb(r, g, b):
         return torch.tensor([r, g, b]).view(3, 1, 1)
 
-    px = 2 / min(h, w)  # the short side spans -1..1
-    y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
     # Outline: log radius as a Fourier series of the angle, frayed by noise; level > 0 is inside.
     z = torch.randn(b, 1, 1, 1, generator=g)
     area = 0.13 * torch.exp(torch.where(z < 0, 1.12 * z, 0.76 * z)).clamp(0.1, 6.5)  # of the image
-    r0 = torch.sqrt(area * h * w / math.pi) * px
+    r0 = torch.sqrt(area * size[0] * size[1] / math.pi) * px
     room = (1.2 - r0).clamp(0, 1)
     dy, dx = y - u(-0.4, 0.4) * room, x - u(-0.5, 0.5) * room
     base, theta = torch.log(r0 / torch.hypot(dy, dx).clamp(min=px / 9)), torch.atan2(dy, dx)
@@ -916,26 +894,16 @@ def synthetic_birds(n, size, seed):
     Classes share one body; bill, crown, wing bar and tail, each under 5 % of the area, tell them
     apart. Pose, size, tint and background vary freely; blobs of the same colours lie about.
     """
-    return _in_chunks(lambda s: _birds(size, s, b=100), n, seed, 100)
+    return _in_chunks(_birds, 100, n, size, seed)
 
 
-def _birds(size, seed, b):
+def _birds(b, size, seed):
     """Draw b birds (b, 3, H, W) and their labels (b,); see synthetic_birds."""
-    (h, w), g = size, torch.Generator().manual_seed(seed)
-
-    def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
-        return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
-
-    def field(cells):  # smooth noise (B, 3, H, W), standard deviation about 1
-        z = 1.3 * torch.randn(b, 3, cells, cells, generator=g)
-        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
-
+    g, u, field, px, y, x = _canvas(b, size, seed)
     labels = torch.randint(len(BIRD_CODES), (b,), generator=g)
     code = torch.tensor(BIRD_CODES)[labels]  # (B, 4)
     colour = torch.tensor(BIRD_PALETTE)[torch.arange(4), code]  # (B, 4, 3)
     colour = (colour + u(-0.08, 0.08, 4, 3))[..., None, None]  # (B, 4, 3, 1, 1)
-    px = 2 / min(h, w)  # the short side spans -1..1
-    y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
     # The bird's frame: p along the body to the bill, q down.
     turn, scale = u(-0.45, 0.45), u(0.85, 1.2)
     dx, dy = x - u(-0.2, 0.2), y - u(-0.2, 0.2)
@@ -949,7 +917,7 @@ def _birds(size, seed, b):
         return torch.sigmoid(4 * inside)
 
     tint = u(0.2, 0.75) + u(-0.15, 0.15, 3, 1, 1)  # of the body: (B, 3, 1, 1)
-    img = u(0.15, 0.85, 3, 1, 1) + u(0.05, 0.2) * field(4) + 0.05 * field(12)
+    img = u(0.15, 0.85, 3, 1, 1) + u(0.05, 0.2) * field(4, 4, 3) + 0.05 * field(12, 12, 3)
     palette = torch.tensor(BIRD_PALETTE).flatten(0, 1)  # (12, 3)
     stray = palette[torch.randint(len(palette), (b, 8), generator=g)][..., None, None]
     for k in range(8):

@@ -16,22 +16,17 @@ label of the mix keeps the detail on which fine-grained classes differ.
     python pepl.py --data cub200 --arch resnet50 --pretrained --size 448 --batch-size 8  (a GPU)
     python pepl.py --predict photo.jpg --checkpoint out/pepl/mine/seed0/best.pt
 
-mine/ holds <train|test>/<class>/*. Results: accuracy 96.4 % (PEPL), 94.5 (FreeMatch), 78.4
-(supervised) on synthetic birds, 100 of 1,000 images labelled, 600 test images, mean of
-seeds 0-2, 1,200 steps; 8 to 10 minutes a run on one thread of a busy two-core CPU, torch 2.14.
+mine/ holds <train|test>/<class>/*. Accuracy on synthetic birds, a tenth of 1,000 images labelled,
+seeds 0-2: PEPL 96.4 %, FreeMatch 94.5, supervised 78.4; docs/pepl.md has the tables.
 
-Deviations from the paper (D), whose code is not public, with reasons; docs/pepl.md says more:
+Deviations from the paper (D), whose code is not public:
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
 D2  First the mix, then the strong augmentation: map and picture agree, whatever turns the picture.
 D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
-D4  Eq. 3 starts at 1/C, which would keep every label for the first 100 steps: hence --tau-floor.
-    beta = 0.99, not 0.999: our runs are shorter.
-D5  With --align, q is aligned to the labelled images' class shares [ReMixMatch], and these are the
-    class expectations of Eq. 5 (Eqs. 3, 4 still see the q before): classes said too seldom no
-    longer get low thresholds.
+D4  Eq. 3 starts at 1/C, which would keep every label for long: hence --tau-floor and beta = 0.99.
+D5  With --align, q gets the labelled images' class shares [ReMixMatch], which are then p in Eq. 5.
 D6  A partner is always a kept image; images that are not kept count as 0 in the mean of Eq. 7.
-D7  FreeMatch is PEPL with phase I for ever (without FreeMatch's fairness term, with D4), CutMix is
-    PEPL with areas in place of semantic shares: what the maps are worth. FixMatch is without D4.
+D7  FreeMatch is phase I for ever (without its fairness term), CutMix has areas for semantic shares.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
 """
 
@@ -51,6 +46,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
+from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
 import data
@@ -61,7 +57,8 @@ METHODS = ["supervised", "fixmatch", "freematch", "cutmix", "pepl"]
 DATA_SETS = ["synthetic", "folder", "cub200", "aircraft", "flowers102", "pets"]
 NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
 NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
-LOG_COLUMNS = ["step", "loss", "accuracy", "accuracy of kept", "share kept", "tau"]
+SHARES = ["accuracy", "accuracy of kept", "share kept"]  # of pseudo-labels, for the log
+MIXING = ["cutmix", "pepl"]  # the methods that have a phase II
 BETA, EMA = 0.99, 0.995  # what thresholds and the EMA network keep of themselves at a step
 TAU = 0.95  # FixMatch's fixed threshold
 
@@ -83,8 +80,8 @@ def parse_args(argv=None):
     add("--lr-backbone", type=number(1e-9, 10), default=0.05, help="that of all other layers")
     add("--labels", type=number(1e-6, 1), default=0.1, help="share of the images that is labelled")
     add("--labels-per-class", type=whole(1), help="instead: labelled images of each class")
-    three = ["supervised", "freematch", "pepl"]
-    add("--method", nargs="+", default=three, choices=METHODS, help="train and compare these")
+    default = ["supervised", "freematch", "pepl"]
+    add("--method", nargs="+", default=default, choices=METHODS, help="train and compare these")
     arch = "tiny, efficientnet_lite0 or a ResNet or EfficientNet of torchvision, as resnet50"
     add("--arch", default="tiny", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
@@ -180,8 +177,8 @@ def semantic_mix(x, maps, partner, box1, box2):
     """
     h, w = x.shape[2:]
     inside1, inside2 = box_mask(box1, (h, w)), box_mask(box2, (h, w))
-    both = inside1.any(2).any(1) & inside2.any(2).any(1)  # neither is empty; else nothing is pasted
-    inside1, inside2 = inside1 & both[:, None, None], inside2 & both[:, None, None]
+    both = inside1.any((1, 2), True) & inside2.any((1, 2), True)  # an empty box: nothing is pasted
+    inside1, inside2 = inside1 & both, inside2 & both
     # Where in box2 does a pixel of box1 lie? In grid_sample's coordinates, from -1 to 1.
     sides = torch.tensor([w, h, w, h], device=x.device)
     low1, high1 = (2 * box1 / sides - 1).chunk(2, 1)  # (B, 2) each: (left, top), (right, bottom)
@@ -206,21 +203,6 @@ def hybrid_loss(logits, target):
 # ==================================================================================================
 # 3. Model
 # ==================================================================================================
-
-
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions with batch norm and a skip."""
-
-    def __init__(self, c_in, c_out, stride=1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(c_out), nn.BatchNorm2d(c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1, stride) if c_in != c_out else nn.Identity()
-
-    def forward(self, x):
-        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(self.skip(x) + h)
 
 
 class Depthwise(nn.Conv2d):
@@ -273,8 +255,11 @@ def make_backbone(arch, pretrained):
     """
     if arch == "tiny":  # features of a sixth of the input's side
         stem = nn.Sequential(nn.Conv2d(3, 32, 5, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        stages = [Residual(32, 32), Residual(32, 64, stride=2), Residual(64, 128)]
-        return nn.Sequential(stem, *stages), 128
+        stages = [stem, BasicBlock(32, 32), BasicBlock(32, 64, stride=2)]
+        stages[2].downsample = nn.Conv2d(32, 64, 1, 2)
+        stages.append(BasicBlock(64, 128))
+        stages[3].downsample = nn.Conv2d(64, 128, 1)
+        return nn.Sequential(*stages), 128
     if arch == "efficientnet_lite0":
         return make_lite0(pretrained).features, 1280
     try:
@@ -304,15 +289,14 @@ class Classifier(nn.Module):
         if args.arch == "efficientnet_lite0":  # was trained on [-1, 1]
             mean, std = [0.5] * 3, [0.5] * 3
         self.normalise = torchvision.transforms.Normalize(mean, std)
-        halving = []  # the convolutions with a stride in the last stage that has one
-        for stage in self.backbone:
-            convs = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
-            halving = [conv for conv in convs if conv.stride == (2, 2)] or halving
-            for conv in (c for c in convs if c.groups == c.in_channels):
-                conv.__class__ = Depthwise
-        if args.arch != "tiny" and args.stride == 16:  # maps of four times as many cells
-            for conv in halving:
-                conv.stride = (1, 1)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels:
+                module.__class__ = Depthwise
+        if args.stride == 16:  # maps of four times as many cells
+            last = self.backbone[:7][-1]  # the last to halve: a ResNet's 5th, an EfficientNet's 7th
+            for module in last.modules():
+                if getattr(module, "stride", None) == (2, 2):
+                    module.stride = (1, 1)
 
     def train(self, mode=True):
         super().train(mode)
@@ -350,25 +334,24 @@ def look(net, x, args):
 
 def classify(net, images, args):
     """Probabilities (N, C), on the CPU, of the middle of uint8 images (N, 3, H0, W0)."""
-    net.eval()
     top, left = ((n - m) // 2 for n, m in zip(images.shape[2:], args.size, strict=True))
     images = images[:, :, top : top + args.size[0], left : left + args.size[1]]  # (N, 3, H, W)
     batches = (x.to(args.device).float() / 255 for x in images.split(128))
     return torch.cat([look(net, x, args)[0].cpu() for x in batches])
 
 
-def class_map(net, img, y, args):
-    """CAM (H, W) of class y (), scaled to [0, 1], in one whole image uint8 (3, H, W)."""
-    _, features = look(net.eval(), img[None].to(args.device).float() / 255, args)
-    y, weight = y[None].to(args.device), net.head.weight.detach()
-    maps = cam(features, weight, y, img.shape[1:])[0].cpu()
-    return (maps - maps.min()) / (maps.max() - maps.min()).clamp(min=1e-12)
+@torch.no_grad()
+def class_maps(net, images, y, args):
+    """CAMs (B, H, W), on the CPU, of classes y (B,) in whole images uint8 (B, 3, H, W)."""
+    _, features = look(net, images.to(args.device).float() / 255, args)
+    return cam(features, net.head.weight, y.to(args.device), images.shape[2:]).cpu()
 
 
-def overlay(img, maps):
-    """Lay a map (H, W) in [0, 1] over an image uint8 (3, H, W): uint8 (H, W, 3)."""
-    img, colours = img.permute(1, 2, 0).numpy(), data.colour_map(maps)
-    return (0.45 * img + 0.55 * colours).astype("uint8")
+def overlay(img, heat):
+    """Lay a map (H, W), whatever its range, over an image uint8 (3, H, W): uint8 (H, W, 3)."""
+    low, high = heat.aminmax()
+    colours = data.colour_map((heat - low) / (high - low).clamp(min=1e-12))
+    return (0.45 * img.permute(1, 2, 0).numpy() + 0.55 * colours).astype("uint8")
 
 
 def predict(args):
@@ -376,47 +359,46 @@ def predict(args):
     folder = data.run_folder(METHOD, args)
     state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD)
     folder, classes, method = folder / "predictions", state["classes"], args.method[-1]
-    net = Classifier(args, len(classes)).to(args.device)
+    net = Classifier(args, len(classes)).to(args.device).eval()
     net.load_state_dict(state["nets"][method])
-    rows = [["file", "overlay", "prediction", *classes]]
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"The predictions of {method} go to {folder}")
+    with open(folder / "probabilities.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "overlay", "prediction", *classes])
         for photo in data.images_to_predict(args.predict, stored_size(args)):
-            probs = classify(net, photo.small[None], args)[0]  # (C,)
-            maps = class_map(net, photo.small, probs.argmax(), args)
+            probs = classify(net, photo.small[None], args)  # (1, C)
+            maps = class_maps(net, photo.small[None], probs.argmax(1), args)
             name = f"{photo.name}_cam.png"
-            data.save_png(overlay(photo.img, data.enlarge(maps[None], photo)[0]), folder / name)
-            shares = [f"{x:.6f}" for x in probs.tolist()]
-            rows.append([photo.path, name, classes[probs.argmax()], *shares])
-    finally:  # what could be read is kept
-        if len(rows) > 1:
-            with open(folder / "probabilities.csv", "w", newline="") as file:
-                csv.writer(file).writerows(rows)
-            print(f"{len(rows) - 1} images classified by {method}: {folder / 'probabilities.csv'}")
+            data.save_png(overlay(photo.img, data.enlarge(maps, photo)[0]), folder / name)
+            shares = [f"{x:.6f}" for x in probs[0].tolist()]
+            table.writerow([photo.path, name, classes[probs.argmax()], *shares])
 
 
 def draw_mixes(net, test, guess, args, figure, n=4):
-    """What a semantic mix is: image a, its map and box; image b, its map and box; the mix.
+    """Draw semantic mixes: image a, its map and box; image b, its map and box; the mix.
 
     guess (N,): predicted classes. The a are right and the b wrong, if there are such.
     """
     torch.manual_seed(args.seed)
-    order, n = torch.randperm(len(guess)), min(n, len(guess))
+    order = torch.randperm(len(guess))
     order = order[(guess != test.labels)[order].int().argsort(stable=True)]  # the right ones first
-    pick = torch.cat([order[:n], order[-n:]])
-    img = test.images[pick]
-    box1, box2 = (random_boxes(2 * n, img.shape[2:]) for _ in range(2))
-    maps = [class_map(net, test.images[i], guess[i], args) for i in pick]
-    partner, shares = torch.arange(2 * n).roll(n), percent_map(torch.stack(maps))
-    mix, rho_a, rho_b = semantic_mix(img.float() / 255, shares, partner, box1, box2)
+    pick = torch.cat([order[:n], order[-n:]])  # all a, then all b
+    n, images, size = len(pick) // 2, test.images[pick], test.images.shape[2:]
+    box1, box2 = (random_boxes(2 * n, size) for _ in range(2))
+    maps, partner = class_maps(net, images, guess[pick], args), torch.arange(2 * n).roll(n)
+    mix, rho_a, rho_b = semantic_mix(images.float() / 255, percent_map(maps), partner, box1, box2)
+    boxes = box_mask(torch.cat([box1[:n], box2[:n]]), size)
+    tiles = []
+    for i, img, heat, box in zip(pick, images, maps, boxes, strict=True):
+        true, said = test.classes[test.labels[i]], test.classes[guess[i]]
+        boxed = data.outline(overlay(img, heat), box)
+        tiles.append([(img.permute(1, 2, 0).numpy(), f"is {true}"), (boxed, f"says {said}")])
     rows = []
     for k in range(n):
-        tiles = []
-        for j, box in ((k, box1[k]), (k + n, box2[k])):
-            said, true = (test.classes[y[pick[j]]] for y in (guess, test.labels))
-            boxed = data.outline(overlay(img[j], maps[j]), box_mask(box[None], img.shape[2:])[0])
-            tiles += [(img[j].permute(1, 2, 0).numpy(), f"is {true}"), (boxed, f"says {said}")]
         mixed = (mix[k] * 255).byte().permute(1, 2, 0).numpy()
-        rows.append(("", [*tiles, (mixed, f"{rho_a[k]:.2f} a + {rho_b[k]:.2f} b")]))
+        caption = f"{rho_a[k]:.2f} a + {rho_b[k]:.2f} b"
+        rows.append(("", [*tiles[k], *tiles[k + n], (mixed, caption)]))
     data.draw_sheet(["image a", "its map, a box", "image b", "its map, a box", "mix"], rows, figure)
 
 
@@ -507,115 +489,104 @@ def update_ema(ema, net, decay):
         old.copy_(new)
 
 
+def build(args, n_classes, pretrained):
+    """A network, its optimiser and the schedule of the learning rates."""
+    net = Classifier(args, n_classes, pretrained).train()
+    net = net.to(args.device, memory_format=torch.channels_last)
+    opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
+    opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
+
+    def rate(k):  # up over 100 steps, down along a cosine
+        return min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
+
+    return net, opt, torch.optim.lr_scheduler.LambdaLR(opt, rate)
+
+
 def try_step(args, n_classes):
     """Load weights, go forward and back on a full batch: what does not work fails at once."""
-    net, n = Classifier(args, n_classes, args.pretrained).to(args.device), args.batch_size
-    n *= 1 if args.method == ["supervised"] else 1 + args.mu
+    net = Classifier(args, n_classes, args.pretrained).to(args.device)
+    n = args.batch_size * (1 if args.method == ["supervised"] else 1 + args.mu)
     with autocast(args):
         logits, _ = net(torch.zeros(n, 3, *args.size, device=args.device))
     logits.sum().backward()
 
 
-class Learner:
-    """A network in training and its company: all that --resume needs beside the random state."""
-
-    def __init__(self, args, n_classes, pretrained):
-        net = Classifier(args, n_classes, pretrained)
-        self.net = net.to(args.device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        groups = [{"params": net.head.parameters(), "lr": args.lr}]
-        groups += [{"params": net.backbone.parameters(), "lr": args.lr_backbone}]
-        self.opt = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        self.rates = torch.optim.lr_scheduler.LambdaLR(  # up over 100 steps, down along a cosine
-            self.opt, lambda k: min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
-        )
-        self.p = torch.full((n_classes,), 1 / n_classes, device=args.device)  # (C,)
-        self.tau, self.step, self.seconds, self.log = self.p[0], 0, 0.0, []
-
-    def state(self):
-        parts = vars(self).items()
-        return {k: x.state_dict() if hasattr(x, "state_dict") else x for k, x in parts}
-
-    def load(self, state):
-        for name, part in vars(self).items():
-            if hasattr(part, "state_dict"):
-                part.load_state_dict(state[name])
-            else:
-                on_device = torch.is_tensor(part)
-                setattr(self, name, state[name].to(part.device) if on_device else state[name])
+def label_shares(target, truth):
+    """How good labels are, given the true classes (B,), for the log alone: SHARES, (3,)."""
+    right, keep = (target.y_a == truth).float(), target.keep.float()
+    kept = (right * keep).sum() / keep.sum().clamp(min=1)
+    return torch.stack([right.mean(), kept, keep.mean()])
 
 
 def train(method, train_set, split, args, folder, header):
-    """Train one method, the loop of all, and return its Learner: the last EMA weights count.
+    """Train one method, the loop of all; returns its last checkpoint, all that --resume needs.
 
     split: indices of train_set, labelled and unlabelled. header: what checkpoints say of the run.
     """
     torch.manual_seed(args.seed)
-    last, b, n_classes = folder / f"last_{method}.pt", args.batch_size, len(train_set.classes)
+    b, n_classes, last = args.batch_size, len(train_set.classes), folder / f"last_{method}.pt"
     resumed = args.resume and last.exists()
-    it = Learner(args, n_classes, args.pretrained and not resumed)
+    net, opt, rates = build(args, n_classes, args.pretrained and not resumed)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    parts = {"net": net, "ema": ema, "opt": opt, "rates": rates}
+    p = torch.full((n_classes,), 1 / n_classes)  # (C,)
+    state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p}
     if resumed:
         state = data.load_checkpoint(last, METHOD, header["data"])
-        it.load(state)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         data.set_rng(state["rng"], args.device)
+    tau, p, log = state["tau"].to(args.device), state["p"].to(args.device), state["log"]
     images, labels = train_set.images.to(args.device), train_set.labels.to(args.device)
     labelled, unlabelled = (i.to(args.device) for i in split)
     prior = labels[labelled].bincount(minlength=n_classes) / len(labelled)  # (C,)
     watched = unlabelled if len(unlabelled) else labelled
     watched = watched[:: max(1, len(watched) // 512)]  # 512 or some more
-    mixes, semi_from = method in ("cutmix", "pepl"), math.ceil(args.warm_up * args.steps)
-    forward = torch.compile(it.net) if args.compile else it.net
-    begin = time.time() - it.seconds
-    bar = tqdm(total=args.steps, initial=it.step, desc=f"train {method}", disable=None)
-    while it.step < args.steps:
-        it.net.train()
+    forward = torch.compile(net) if args.compile else net
+    begin, steps = time.time() - state["seconds"], range(state["step"], args.steps)
+    for step in tqdm(steps, f"train {method}", args.steps, initial=state["step"], disable=None):
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
         x_l = weak_augment(images[i], args.size)  # (B, 3, H, W)
         target_l = Target(labels[i], labels[i], 1.0, 0.0, torch.ones_like(i, dtype=torch.bool))
-        if mixes and args.mix_labelled:  # Eq. 8 [G] leaves it open
-            _, features = look(it.ema, x_l, args)
-            x_l, target_l = mix_batch(method, x_l, target_l, features, it.ema.head, args)
-        x, semi = [strong_augment(x_l)], method != "supervised" and it.step >= semi_from
-
+        if method in MIXING and args.mix_labelled:  # Eq. 8 [G] leaves it open
+            _, features = look(ema, x_l, args)
+            x_l, target_l = mix_batch(method, x_l, target_l, features, ema.head, args)
+        x = [strong_augment(x_l)]
+        semi = method != "supervised" and step >= args.warm_up * args.steps
         if semi:
             i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,)).to(args.device)]
             x_u = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
-            q, features = look(it.ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
-            it.tau, it.p = update_thresholds(it.tau, it.p, q, BETA)
-            target_u = pseudo_label(method, q, it.tau, it.p, prior, args)
-            if mixes and it.step >= args.mix_start * args.steps:
-                x_u, target_u = mix_batch(method, x_u, target_u, features, it.ema.head, args)
+            q, features = look(ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
+            tau, p = update_thresholds(tau, p, q, BETA)
+            target_u = pseudo_label(method, q, tau, p, prior, args)
+            if method in MIXING and step >= args.mix_start * args.steps:
+                x_u, target_u = mix_batch(method, x_u, target_u, features, ema.head, args)
             x.append(strong_augment(x_u))
-
         with autocast(args):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
         loss = hybrid_loss(logits[:b], target_l)
         if semi:
             loss = loss + hybrid_loss(logits[b:], target_u)  # Eq. 8 [G], both weights 1
         if not loss.isfinite():
-            why = f"loss is {loss:g} at step {it.step}"
-            raise DataError(f"{why}: try a third of --lr and --lr-backbone, or --amp off")
-        it.opt.zero_grad(set_to_none=True)
+            todo = "try a third of --lr and --lr-backbone, or --amp off"
+            raise DataError(f"{method}: loss is {loss:g} at step {step}: {todo}")
+        opt.zero_grad(set_to_none=True)
         loss.backward()
-        it.opt.step()
-        it.rates.step()
-        it.step += 1
-        update_ema(it.ema, it.net, min(EMA, it.step / (it.step + 10)))  # forgets the start
-        bar.update()
-        if it.step % args.save_every == 0 or it.step == args.steps:
-            q = classify(it.ema, images[watched], args).to(args.device)
-            found = pseudo_label(method, q, it.tau, it.p, prior, args)
-            right = (found.y_a == labels[watched]).float()  # true labels: for the log alone
-            shares = right.mean(), right[found.keep].sum() / found.keep.sum().clamp(min=1)
-            row = [loss, *shares, found.keep.float().mean(), it.tau]
-            it.log.append([it.step, *(round(x.item(), 4) for x in row)])
-            it.seconds = time.time() - begin
-            rng = {"rng": data.get_rng(args.device)}
-            data.save_checkpoint(header | it.state() | rng, last)
+        opt.step()
+        rates.step()
+        update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # forgets the start
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            q = classify(ema, images[watched], args).to(args.device)
+            found = pseudo_label(method, q, tau, p, prior, args)
+            row = [loss, *label_shares(found, labels[watched]), tau]
+            log.append([step + 1, *(round(x.item(), 4) for x in row)])
+            state = header | {"step": step + 1, "seconds": time.time() - begin, "log": log}
+            state |= {"tau": tau, "p": p, "rng": data.get_rng(args.device)}
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            data.save_checkpoint(state, last)
             with open(folder / f"log_{method}.csv", "w", newline="") as file:
-                csv.writer(file).writerows([LOG_COLUMNS, *it.log])
-    bar.close()
-    return it
+                csv.writer(file).writerows([["step", "loss", *SHARES, "tau"], *log])
+    return state
 
 
 # ==================================================================================================
@@ -646,35 +617,34 @@ def run(args):
     if args.predict:
         return predict(args)
     train_set, test, split = load_sets(args)
-    stamp = data.fingerprint(train_set.listing, split[0].tolist())
+    mark = data.fingerprint(train_set.listing, split[0].tolist())
     folder = data.run_folder(METHOD, args)
     best = args.checkpoint or folder / "best.pt"
     if not args.eval_only:
         if not args.resume:
             try_step(args, len(test.classes))
             data.fresh_folder(folder)
-        header = {"method": METHOD, "args": vars(args), "data": stamp}
+        header = {"method": METHOD, "args": vars(args), "data": mark}
         done = {m: train(m, train_set, split, args, folder, header) for m in args.method}
-        more = {"classes": test.classes, "nets": {m: it.ema.state_dict() for m, it in done.items()}}
-        more["seconds"] = {m: round(it.seconds) for m, it in done.items()}
-        more["logs"] = {m: it.log for m, it in done.items()}
+        nets = {m: state["ema"] for m, state in done.items()}
+        logs = {m: state["log"] for m, state in done.items()}
+        seconds = {m: round(state["seconds"]) for m, state in done.items()}
+        more = {"classes": test.classes, "nets": nets, "logs": logs, "seconds": seconds}
         data.save_checkpoint(header | more, best)
 
-    state = data.load_checkpoint(best, METHOD, stamp)
-    rows, pseudo_labels = {}, {}
+    state, rows, pseudo_labels = data.load_checkpoint(best, METHOD, mark), {}, {}
     for method, weights in state["nets"].items():
-        net = Classifier(args, len(test.classes)).to(args.device)
+        net = Classifier(args, len(test.classes)).to(args.device).eval()
         net.load_state_dict(weights)
         guess = classify(net, test.images, args).argmax(1)  # (N,)
         rows[method] = {"accuracy": (guess == test.labels).float().mean().item()}
         log = state["logs"][method]
         for k in (1, 2, 3, 4):  # quarters of the training
-            step, _, *shares = log[max(0, len(log) * k // 4 - 1)]
-            named = zip(LOG_COLUMNS[2:5], shares, strict=False)
-            pseudo_labels[f"{method}, step {step}"] = dict(named)
+            step, _, *shares, _ = log[max(0, len(log) * k // 4 - 1)]
+            pseudo_labels[f"{method}, step {step}"] = dict(zip(SHARES, shares, strict=True))
     more = {"split": test.split, "n_images": len(test.labels), "n_labelled": len(split[0])}
     more |= {"n_train": len(train_set.labels), "seconds": state["seconds"]}
-    more |= {"pseudo_labels": pseudo_labels}
+    more["pseudo_labels"] = pseudo_labels
     data.write_result(folder / "result.json", args, METHOD, rows, **more)
     data.print_table(rows)
     draw_mixes(net, test, guess, args, folder / "mix.png")  # of the last method
