@@ -17,7 +17,9 @@ threshold give other outputs, as of other annotators; where these differ the res
     python diffseg.py --data folder --data-root mine      mine/<train|val|test>/{images,masks}/*
     python diffseg.py --predict photo.jpg --checkpoint out/diffseg/isic2018/seed0/best.pt
 
-RESULTS
+Results on ISIC (300 test images, 64 x 48 px, 1,860 steps of 24 images, mean of three seeds), Dice:
+student 0.885, DiffSeg + CRF 0.828, the same U-Net trained on all masks 0.900. Training took 91 to
+93 minutes a seed, three at a time on a two-core CPU.
 
 Deviations from the paper, with reasons (docs/diffseg.md says more):
 D1  One conditional network instead of two: half the memory.
@@ -426,7 +428,7 @@ def draw_panel(nets, split, rows, args, path):
     places = {"best": order[:2], "median": order[middle : middle + 2], "worst": order[-2:]}
     shown = range(0, args.outputs, (args.outputs + 2) // 3)
     titles = ["image + truth", "difference", *(f"output {k + 1}" for k in shown)]
-    titles += ["coherence", "ambiguity", "diffseg_crf", "student's", "ambiguity", "student_crf"]
+    titles += ["coherence", "ambiguity", "diffseg_crf", "student", "ambiguity", "student_crf"]
     sheet = []
     for place, i in ((place, i) for place, images in places.items() for i in images):
         img, raters = split.images[i : i + 1], split.masks[i : i + 1]
