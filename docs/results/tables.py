@@ -49,7 +49,7 @@ SUMMARY = [
         "diffseg_isic2018_seed*.json",
         ("diffseg_student", "otsu", "unet"),
         "dice",
-        "pen marks, pale lesions",
+        "pen, pale lesions",
     ),
     (
         "PEPL",
