@@ -108,14 +108,16 @@ def test_thresholds_have_the_best_dice_and_their_spread_the_lowest_ged(monkeypat
 
 
 @pytest.mark.parametrize(("size", "width"), [((24, 64), 5.0), ((16, 128), 10.0)])
-def test_crfs_of_one_image_equal_crf_py_and_follow_its_size(size, width):
+def test_crfs_share_one_lattice_equal_crf_py_and_follow_the_size(size, width, monkeypatch):
     args = diffseg.parse_args(["--size", f"{size[1]}x{size[0]}"])
     img, p = (random(2, 3, *size) * 255).to(torch.uint8), random(2, 4, *size, seed=1)
     reference = crf.DenseCRF(5, 3, 0, width, diffseg.CRF_SRGB, diffseg.CRF_WEIGHT)
     q = p.mean(1)  # of all outputs, as there are as many as a CRF takes
     expected = reference(crf.unary_from_softmax(torch.stack([1 - q, q], 1)), img)[:, 1:]
+    built, lattice = [], crf._Lattice
+    monkeypatch.setattr(crf, "_Lattice", lambda f: built.append(len(f)) or lattice(f))
     found = diffseg.crf_integrate(torch.logit(p), img, args) + 0.5
-    assert found.shape[1] == diffseg.CRF_ROUNDS
+    assert built == [2] and found.shape[1] == diffseg.CRF_ROUNDS
     assert torch.allclose(found, expected.expand_as(found), atol=1e-4)
 
 
