@@ -23,8 +23,9 @@ Deviations from the paper (D), whose code is not public:
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
 D2  First the mix, then the strong augmentation: map and picture agree, whatever turns the picture.
 D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
-D4  Eq. 3 starts at 1/C, which would keep every label for long: hence --tau-floor and beta = 0.99.
-D5  With --align, q gets the labelled images' class shares [ReMixMatch], which are then p in Eq. 5.
+D4  Eqs. 3 and 4 start at means over 512 unlabelled images, not at 1/C, which would keep every label
+    for long; beta = 0.99, as training is short.
+D5  q gets the labelled images' class shares [ReMixMatch], which are then p in Eq. 5.
 D6  A partner is always a kept image; images that are not kept count as 0 in the mean of Eq. 7.
 D7  FreeMatch is phase I for ever (without its fairness term), CutMix has areas for semantic shares.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
@@ -87,22 +88,18 @@ def parse_args(argv=None):
     add("--pretrained", action="store_true", help="start from ImageNet weights")
     add("--freeze", type=whole(0), default=0, help="0: train all; K: not the stem and K stages")
     add("--stride", type=int, default=16, choices=[16, 32], help="pixels a cell of the maps")
-    add("--warm-up", type=share, default=0.2, help="share of steps on labelled images alone")
-    add("--tau-floor", type=share, default=0.8, help="no class threshold lies below (ours)")
-    add("--align", action="store_true", help="distribution alignment of pseudo-labels")
-    add("--mix-start", type=share, default=0.5, help="share of steps before mixing starts")
+    add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
+    add("--mix-start", type=share, default=0.6, help="share of steps before mixing starts")
     add("--mix-share", type=share, default=0.5, help="share of images mixed from then on")
-    add("--mix-labelled", action="store_true", help="mix labelled images too, from the start")
     add("--validate", action="store_true", help="to choose flags: a fifth of train is the test")
     args = p.parse_args(argv)
     if args.arch != "tiny":
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
     if args.pretrained:  # chosen on training images of 100 species of CUB
-        p.set_defaults(steps=700, lr_backbone=0.01, warm_up=0.4, mix_start=0.6, align=True)
-        p.set_defaults(tau_floor=0.5)  # many classes: few labels are surer
-        p.set_defaults(freeze=3 if args.arch.startswith("eff") else 2)  # what precedes stride 16
+        stages = 5 if args.arch.startswith("eff") else 3  # all before the last that halves
+        p.set_defaults(steps=700, lr_backbone=0.01, freeze=stages)
     if args.quick:
-        p.set_defaults(steps=6, batch_size=8, save_every=2, tau_floor=0)  # nothing is sure so soon
+        p.set_defaults(steps=6, batch_size=8, save_every=2)
     args = data.parse_flags(p, argv, METHOD)
     if args.pretrained and args.arch == "tiny":
         p.error("--pretrained: tiny has no ImageNet weights; take --arch efficientnet_lite0")
@@ -115,13 +112,12 @@ def parse_args(argv=None):
 
 
 class Target(NamedTuple):
-    """What images show: rho_a of class y_a and rho_b of class y_b; keep: labels that count."""
+    """What images show: rho_a of class y_a and rho_b of class y_b."""
 
     y_a: torch.Tensor  # (B,) int64
     y_b: torch.Tensor
     rho_a: torch.Tensor | float  # (B,), or one number for all
     rho_b: torch.Tensor | float
-    keep: torch.Tensor  # (B,) bool
 
 
 def cam(features, weight, y, size):
@@ -193,11 +189,11 @@ def semantic_mix(x, maps, partner, box1, box2):
     return torch.where(inside1[:, None], pasted, x), rho_a, rho_b
 
 
-def hybrid_loss(logits, target):
-    """Hybrid semantic loss of logits (B, C); what is not kept counts as 0 in the mean."""
+def hybrid_loss(logits, target, n):
+    """Hybrid semantic loss of logits (B, C): a mean over n images, those not kept count as 0."""
     loss = target.rho_a * F.cross_entropy(logits, target.y_a, reduction="none")
     loss = loss + target.rho_b * F.cross_entropy(logits, target.y_b, reduction="none")
-    return (target.keep * loss).mean()  # Eq. 7 [G]
+    return loss.sum() / n  # Eq. 7 [G]
 
 
 # ==================================================================================================
@@ -451,33 +447,29 @@ def strong_augment(x):
     return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout: a third of the side
 
 
-def pseudo_label(method, q, tau, p, prior, args):
-    """Phase I: Target of images, not mixed, of which a network says q (B, C)."""
-    if args.align and method != "supervised":
-        q, p = align(q, p, prior), prior  # prior: what q is expected to be now
+def pseudo_label(method, q, tau, p, prior):
+    """Phase I: labels (B,) int64 of images of which a network says q (B, C); which to keep (B,)."""
+    if method != "supervised":
+        q, p = align(q, p, prior), prior  # ours: prior is what q is expected to be now, see D5
     confidence, y = q.max(1)
-    limits = class_thresholds(tau, p).clamp(min=args.tau_floor)[y]  # ours: the floor, see D4
-    if method in ("supervised", "fixmatch"):
-        limits = TAU
-    return Target(y, y, 1.0, 0.0, confidence >= limits)
+    limits = TAU if method in ("supervised", "fixmatch") else class_thresholds(tau, p)[y]
+    return y, confidence >= limits
 
 
-def mix_batch(method, x, target, features, head, args):
-    """Phase II: mix a share of x (B, 3, H, W) with partners that are kept: (mix, its Target).
+def mix_batch(method, x, y, features, head, args):
+    """Phase II: mix a share of x (B, 3, H, W), labels y (B,), with one another: (mix, its Target).
 
-    features (B, K, h, w) and head: of the network that gave the labels target.y_a.
+    features (B, K, h, w) and head: of the network that gave the labels.
     """
-    b, kept = len(x), target.keep.nonzero()[:, 0]
-    if not len(kept):
-        return x, target
-    partner = kept[torch.randint(len(kept), (b,)).to(x.device)]
+    b = len(x)
+    partner = torch.arange(b, device=x.device).roll(1)
     box1, box2 = (random_boxes(b, args.size) for _ in range(2))
     box1[torch.rand(b) >= args.mix_share] = 0  # an empty box: not mixed
-    maps = percent_map(cam(features, head.weight, target.y_a, args.size))
+    maps = percent_map(cam(features, head.weight, y, args.size))
     if method == "cutmix":  # every pixel counts alike: labels weigh as much as their area
-        maps = torch.full_like(maps, 1 / maps[0].numel())
+        maps = torch.full_like(maps, 1 / (args.size[0] * args.size[1]))
     mix, rho_a, rho_b = semantic_mix(x, maps, partner, box1.to(x.device), box2.to(x.device))
-    return mix, target._replace(y_b=target.y_a[partner], rho_a=rho_a, rho_b=rho_b)
+    return mix, Target(y, y[partner], rho_a, rho_b)
 
 
 @torch.no_grad()
@@ -511,9 +503,9 @@ def try_step(args, n_classes):
     logits.sum().backward()
 
 
-def label_shares(target, truth):
+def label_shares(y, keep, truth):
     """How good labels are, given the true classes (B,), for the log alone: SHARES, (3,)."""
-    right, keep = (target.y_a == truth).float(), target.keep.float()
+    right, keep = (y == truth).float(), keep.float()
     kept = (right * keep).sum() / keep.sum().clamp(min=1)
     return torch.stack([right.mean(), kept, keep.mean()])
 
@@ -543,30 +535,34 @@ def train(method, train_set, split, args, folder, header):
     watched = unlabelled if len(unlabelled) else labelled
     watched = watched[:: max(1, len(watched) // 512)]  # 512 or some more
     forward = torch.compile(net) if args.compile else net
+    first = math.ceil(args.warm_up * args.steps)  # step of phase I
     begin, steps = time.time() - state["seconds"], range(state["step"], args.steps)
     for step in tqdm(steps, f"train {method}", args.steps, initial=state["step"], disable=None):
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
-        x_l = weak_augment(images[i], args.size)  # (B, 3, H, W)
-        target_l = Target(labels[i], labels[i], 1.0, 0.0, torch.ones_like(i, dtype=torch.bool))
-        if method in MIXING and args.mix_labelled:  # Eq. 8 [G] leaves it open
-            _, features = look(ema, x_l, args)
-            x_l, target_l = mix_batch(method, x_l, target_l, features, ema.head, args)
-        x = [strong_augment(x_l)]
-        semi = method != "supervised" and step >= args.warm_up * args.steps
+        x = [strong_augment(weak_augment(images[i], args.size))]  # (B, 3, H, W)
+        y_l = labels[i]
+        semi = method != "supervised" and step >= first
+        if semi and step == first:  # what the network says now is where Eqs. 3 and 4 start, see D4
+            q = classify(ema, images[watched], args).to(args.device)
+            tau, p = update_thresholds(tau, p, q, beta=0)
         if semi:
             i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,)).to(args.device)]
             x_u = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
             q, features = look(ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
             tau, p = update_thresholds(tau, p, q, BETA)
-            target_u = pseudo_label(method, q, tau, p, prior, args)
+            y, keep = pseudo_label(method, q, tau, p, prior)
+            semi = keep.any()
+        if semi:  # from here on the kept images alone: the others teach nothing
+            x_u, y, features = x_u[keep], y[keep], features[keep]
+            target_u = Target(y, y, 1.0, 0.0)
             if method in MIXING and step >= args.mix_start * args.steps:
-                x_u, target_u = mix_batch(method, x_u, target_u, features, ema.head, args)
+                x_u, target_u = mix_batch(method, x_u, y, features, ema.head, args)
             x.append(strong_augment(x_u))
         with autocast(args):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
-        loss = hybrid_loss(logits[:b], target_l)
+        loss = F.cross_entropy(logits[:b], y_l)
         if semi:
-            loss = loss + hybrid_loss(logits[b:], target_u)  # Eq. 8 [G], both weights 1
+            loss = loss + hybrid_loss(logits[b:], target_u, args.mu * b)  # Eq. 8 [G], weights of 1
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
             raise DataError(f"{method}: loss is {loss:g} at step {step}: {todo}")
@@ -577,8 +573,8 @@ def train(method, train_set, split, args, folder, header):
         update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # forgets the start
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             q = classify(ema, images[watched], args).to(args.device)
-            found = pseudo_label(method, q, tau, p, prior, args)
-            row = [loss, *label_shares(found, labels[watched]), tau]
+            found = pseudo_label(method, q, tau, p, prior)
+            row = [loss, *label_shares(*found, labels[watched]), tau]
             log.append([step + 1, *(round(x.item(), 4) for x in row)])
             state = header | {"step": step + 1, "seconds": time.time() - begin, "log": log}
             state |= {"tau": tau, "p": p, "rng": data.get_rng(args.device)}

@@ -40,21 +40,19 @@ def test_thresholds_against_plain_python():
 
 
 def test_pseudo_labels_of_each_method():
-    q, prior = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.4, 0.6]]), torch.tensor([0.5, 0.5])
-    tau, p = torch.tensor(0.7), torch.tensor([0.6, 0.4])  # class thresholds 0.7 and 0.47
+    q, tau = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.4, 0.6]]), torch.tensor(0.7)
 
-    def keep(method, floor, *flags):
-        args = pepl.parse_args(["--tau-floor", floor, *flags])
-        found = pepl.pseudo_label(method, q, tau, p, prior, args)
-        assert found.y_a.tolist() == [0, 0, 1]
-        return found.keep.tolist()
+    def keep(method, p, prior):
+        y, kept = pepl.pseudo_label(method, q, tau, torch.tensor(p), torch.tensor(prior))
+        assert y.tolist() == [0, 0, 1]
+        return kept.tolist()
 
-    assert keep("freematch", "0") == keep("pepl", "0") == [True, False, True]
-    assert keep("pepl", "0.75") == [True, False, False]
-    assert keep("fixmatch", "0") == [False, False, False]
+    assert keep("freematch", [0.6, 0.4], [0.6, 0.4]) == [True, False, True]  # 0.7 and 0.47 [Eq. 5]
+    assert keep("fixmatch", [0.6, 0.4], [0.6, 0.4]) == [False, False, False]
+    p, prior = torch.tensor([0.6, 0.4]), torch.tensor([0.5, 0.5])
     by_hand = [[a / 0.6 / (a / 0.6 + b / 0.4), b / 0.4 / (a / 0.6 + b / 0.4)] for a, b in q]
     torch.testing.assert_close(pepl.align(q, p, prior), torch.tensor(by_hand))
-    assert keep("pepl", "0", "--align") == [True, False, False]  # 0.73, 0.5, 0.69
+    assert keep("pepl", [0.6, 0.4], [0.5, 0.5]) == [True, False, False]  # 0.73, 0.5, 0.69
 
 
 def test_semantic_mix_against_brute_force_and_changes_nothing_else():
@@ -78,30 +76,24 @@ def test_semantic_mix_against_brute_force_and_changes_nothing_else():
 
 
 @pytest.mark.parametrize("method", ["pepl", "cutmix"])
-def test_mixing_a_batch_leaves_labels_alone_and_takes_kept_partners(method):
+def test_mixing_a_batch_leaves_some_images_alone(method):
     args = pepl.parse_args([*TINY[pepl], "--mix-share", "0.5"])
     torch.manual_seed(0)
-    x, y, net = torch.rand(64, 3, 16, 16), torch.arange(64) % 9, pepl.Classifier(args, 9)
-    target = pepl.Target(y, y, 1.0, 0.0, torch.arange(64) < 3)
-    mix, mixed = pepl.mix_batch(method, x, target, net(x)[1], net.head, args)
-    assert mixed.y_a is y and mixed.y_b.max() == 2
+    x, y, net = torch.rand(63, 3, 16, 16), torch.arange(63) % 9, pepl.Classifier(args, 9)
+    mix, target = pepl.mix_batch(method, x, y, net(x)[1], net.head, args)
+    assert target.y_a is y and (target.y_b != y).all()
     alike = (mix == x).flatten(1).all(1)
-    assert 10 < alike.sum() < 54 and (mixed.rho_a[alike] == 1).all()
-    pixels = mixed.rho_a * 256  # areas are whole numbers of pixels, shares of a map are not
+    assert 10 < alike.sum() < 54 and (target.rho_a[alike] == 1).all()
+    pixels = target.rho_a * 256  # areas are whole numbers of pixels, shares of a map are not
     assert torch.allclose(pixels, pixels.round(), atol=1e-3) == (method == "cutmix")
-    target = target._replace(keep=y < 0)
-    assert pepl.mix_batch(method, x, target, None, net.head, args) == (x, target)
 
 
 def test_hybrid_loss_by_hand():
-    log_q = torch.tensor([[2.0, 0.0], [0.0, 1.0]]).log_softmax(1)
     two = torch.tensor
-    keep = two([True, False])
-    target = pepl.Target(two([0, 1]), two([1, 1]), two([0.7, 0.5]), two([0.4, 0.2]), keep)
-    both = target._replace(keep=~keep | keep)
+    log_q = two([[2.0, 0.0], [0.0, 1.0]]).log_softmax(1)
+    target = pepl.Target(two([0, 1]), two([1, 1]), two([0.7, 0.5]), two([0.4, 0.2]))
     first, second = -0.7 * log_q[0, 0] - 0.4 * log_q[0, 1], -0.7 * log_q[1, 1]
-    torch.testing.assert_close(pepl.hybrid_loss(log_q, target), first / 2)
-    torch.testing.assert_close(pepl.hybrid_loss(log_q, both), (first + second) / 2)
+    torch.testing.assert_close(pepl.hybrid_loss(log_q, target, 5), (first + second) / 5)
 
 
 def test_augmentation_is_per_image():
