@@ -168,6 +168,7 @@ def run_folder(method, args):
         return Path(args.checkpoint).parent
     data = Path(args.data_root).resolve().name if args.data == "folder" else args.data
     parts = [f"seed{args.seed}", getattr(args, "exemplar", ""), "quick" * args.quick]
+    parts.append("validate" * getattr(args, "validate", False))
     return Path(args.out, method, data, "-".join(filter(None, parts)).replace(":", ""))
 
 
@@ -639,7 +640,10 @@ def load_classification(name, root, split, size, limit=None, workers=8):
 
 
 def _class_folders(name, root, split):
-    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty."""
+    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty.
+
+    <root>/unlabelled/*, if there are such, belong to train with the label -1.
+    """
     found = []
     for folder in (root / "train", root / split):
         try:
@@ -650,7 +654,11 @@ def _class_folders(name, root, split):
     train, part = found
     for odd in sorted(set(train.classes) ^ set(part.classes)):
         raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
-    return [(Path(path), label) for path, label in part.samples], part.classes
+    sources = [(Path(path), label) for path, label in part.samples]
+    if split == "train":
+        files = sorted((root / "unlabelled").rglob("*"))
+        sources += [(path, -1) for path in files if is_image(path)]
+    return sources, part.classes
 
 
 def _cub200(name, root, split):
@@ -692,9 +700,12 @@ def _torchvision(name, root, split):
 def label_split(labels, fraction=None, per_class=None, seed=0):
     """Choose the labelled images, stratified: (labelled, unlabelled) sorted int64 indices.
 
-    labels (N,) int64; either a fraction in (0, 1] of the whole, at least one image a class, or a
-    number per class. Raises DataError if a class has fewer images.
+    labels (N,) int64. If some are unknown (-1), all others are labelled; else a fraction in (0, 1]
+    of the whole, at least one image a class, or a number per class. Raises DataError if a class has
+    fewer images.
     """
+    if (labels < 0).any():
+        return (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
     counts = labels.bincount()
     if per_class:
         take = per_class * (counts > 0)

@@ -12,23 +12,25 @@ label of the mix keeps the detail on which fine-grained classes differ.
                          +--> confidence >= tau_t(c)?      loss = rho_a CE(Q, a) + rho_b CE(Q, b)
 
     python pepl.py                                        synthetic birds on a CPU, minutes
-    python pepl.py --data folder --data-root mine --arch efficientnet_lite0 --pretrained
+    python pepl.py --data folder --data-root mine --labels-per-class 4 --pretrained
     python pepl.py --data cub200 --arch resnet50 --pretrained --size 448 --batch-size 8  (a GPU)
     python pepl.py --predict photo.jpg --checkpoint out/pepl/mine/seed0/best.pt
 
-mine/ holds <train|test>/<class>/*. Accuracy on synthetic birds, a tenth of 1,000 images labelled,
-seeds 0-2: PEPL 96.4 %, FreeMatch 94.5, supervised 78.4; docs/pepl.md has the tables.
+mine/ holds <train|test>/<class>/* and, unless all of train is labelled and hidden by --labels,
+unlabelled/*. docs/pepl.md has the results.
 
 Deviations from the paper (D), whose code is not public:
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
 D2  First the mix, then the strong augmentation: map and picture agree, whatever turns the picture.
 D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
-D4  Eqs. 3 and 4 start at means over 512 unlabelled images, not at 1/C, which would keep every label
-    for long; beta = 0.99, as training is short.
-D5  q gets the labelled images' class shares [ReMixMatch], which are then p in Eq. 5.
-D6  A partner is always a kept image; images that are not kept count as 0 in the mean of Eq. 7.
+D4  Eqs. 3 and 4 start at means over 512 or more unlabelled images, not at 1/C, which would keep
+    every label for long; beta = 0.99, as training is short.
+D5  q gets the labelled images' class shares [ReMixMatch], for FixMatch too. They are then p in
+    Eq. 5: with as many labels of each class all classes have the global threshold.
+D6  Images that are not kept count as 0 in the mean of Eq. 7 and are left out of batch and mixing.
 D7  FreeMatch is phase I for ever (without its fairness term), CutMix has areas for semantic shares.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
+D9  Labelled images are augmented as strongly as the others.
 """
 
 import copy
@@ -83,15 +85,17 @@ def parse_args(argv=None):
     add("--labels-per-class", type=whole(1), help="instead: labelled images of each class")
     default = ["supervised", "freematch", "pepl"]
     add("--method", nargs="+", default=default, choices=METHODS, help="train and compare these")
-    arch = "tiny, efficientnet_lite0 or a ResNet or EfficientNet of torchvision, as resnet50"
+    arch = "tiny; efficientnet_lite0, default with --pretrained; or torchvision's, as resnet50"
     add("--arch", default="tiny", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
     add("--freeze", type=whole(0), default=0, help="0: train all; K: not the stem and K stages")
-    add("--stride", type=int, default=16, choices=[16, 32], help="pixels a cell of the maps")
+    add("--stride", type=int, default=16, choices=[16, 32], help="px a cell of the maps; tiny: 6")
     add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
     add("--mix-start", type=share, default=0.6, help="share of steps before mixing starts")
     add("--mix-share", type=share, default=0.5, help="share of images mixed from then on")
     add("--validate", action="store_true", help="to choose flags: a fifth of train is the test")
+    if p.parse_args(argv).pretrained:
+        p.set_defaults(arch="efficientnet_lite0")
     args = p.parse_args(argv)
     if args.arch != "tiny":
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
@@ -112,7 +116,7 @@ def parse_args(argv=None):
 
 
 class Target(NamedTuple):
-    """What images show: rho_a of class y_a and rho_b of class y_b."""
+    """The two classes of each image and how much of each is visible."""
 
     y_a: torch.Tensor  # (B,) int64
     y_b: torch.Tensor
@@ -506,6 +510,7 @@ def try_step(args, n_classes):
 def label_shares(y, keep, truth):
     """How good labels are, given the true classes (B,), for the log alone: SHARES, (3,)."""
     right, keep = (y == truth).float(), keep.float()
+    right[truth < 0] = math.nan  # nobody knows
     kept = (right * keep).sum() / keep.sum().clamp(min=1)
     return torch.stack([right.mean(), kept, keep.mean()])
 
@@ -541,18 +546,18 @@ def train(method, train_set, split, args, folder, header):
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
         x = [strong_augment(weak_augment(images[i], args.size))]  # (B, 3, H, W)
         y_l = labels[i]
-        semi = method != "supervised" and step >= first
-        if semi and step == first:  # what the network says now is where Eqs. 3 and 4 start, see D4
+        if step == first:  # what the network says now is where Eqs. 3 and 4 start, see D4
             q = classify(ema, images[watched], args).to(args.device)
             tau, p = update_thresholds(tau, p, q, beta=0)
-        if semi:
+        kept = False
+        if method != "supervised" and step >= first:
             i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,)).to(args.device)]
             x_u = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
             q, features = look(ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
             tau, p = update_thresholds(tau, p, q, BETA)
             y, keep = pseudo_label(method, q, tau, p, prior)
-            semi = keep.any()
-        if semi:  # from here on the kept images alone: the others teach nothing
+            kept = keep.any()
+        if kept:  # the others teach nothing
             x_u, y, features = x_u[keep], y[keep], features[keep]
             target_u = Target(y, y, 1.0, 0.0)
             if method in MIXING and step >= args.mix_start * args.steps:
@@ -561,7 +566,7 @@ def train(method, train_set, split, args, folder, header):
         with autocast(args):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
         loss = F.cross_entropy(logits[:b], y_l)
-        if semi:
+        if kept:
             loss = loss + hybrid_loss(logits[b:], target_u, args.mu * b)  # Eq. 8 [G], weights of 1
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
@@ -573,8 +578,9 @@ def train(method, train_set, split, args, folder, header):
         update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # forgets the start
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             q = classify(ema, images[watched], args).to(args.device)
-            found = pseudo_label(method, q, tau, p, prior)
-            row = [loss, *label_shares(*found, labels[watched]), tau]
+            y, keep = pseudo_label(method, q, tau, p, prior)
+            keep &= step >= first  # before that nothing is
+            row = [loss, *label_shares(y, keep, labels[watched]), tau]
             log.append([step + 1, *(round(x.item(), 4) for x in row)])
             state = header | {"step": step + 1, "seconds": time.time() - begin, "log": log}
             state |= {"tau": tau, "p": p, "rng": data.get_rng(args.device)}
@@ -603,6 +609,8 @@ def load_sets(args):
     else:
         test = data.load_classification(args.data, args.data_root, "test", *more)
     split = data.label_split(train_set.labels, args.labels, args.labels_per_class, args.seed)
+    if not len(split[0]):
+        raise DataError("no labelled image is left: --validate needs the labels of all")
     if not len(split[1]) and args.method != ["supervised"]:
         raise DataError("every training image is labelled: lower --labels or --method supervised")
     return train_set, test, split
@@ -637,7 +645,8 @@ def run(args):
         log = state["logs"][method]
         for k in (1, 2, 3, 4):  # quarters of the training
             step, _, *shares, _ = log[max(0, len(log) * k // 4 - 1)]
-            pseudo_labels[f"{method}, step {step}"] = dict(zip(SHARES, shares, strict=True))
+            known = {name: x for name, x in zip(SHARES, shares, strict=True) if x == x}  # not NaN
+            pseudo_labels[f"{method}, step {step}"] = known
     more = {"split": test.split, "n_images": len(test.labels), "n_labelled": len(split[0])}
     more |= {"n_train": len(train_set.labels), "seconds": state["seconds"]}
     more["pseudo_labels"] = pseudo_labels

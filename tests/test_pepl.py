@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,16 @@ def test_what_cannot_work_fails_before_an_earlier_run_is_lost(flags, tmp_path, m
 def train_on_folder(root, *more):
     flags = ["--data", "folder", "--data-root", root, "--labels-per-class", 2, "--out", root]
     return run(pepl, *TINY[pepl], *flags, *more)
+
+
+def test_a_folder_of_unlabelled_images_leaves_all_others_labelled(tmp_path):
+    for i in range(5):
+        data.save_png(np.full((20, 24, 3), 40 * i, np.uint8), tmp_path / f"unlabelled/day/{i}.png")
+    assert train_on_folder(class_folder(tmp_path)) == 0
+    record = result(tmp_path)
+    assert record["n_labelled"] == 12 and record["n_train"] == 17
+    shares = record["pseudo_labels"].values()
+    assert all("share kept" in row and "accuracy" not in row for row in shares)
 
 
 def test_changed_data_are_refused(tmp_path, capsys):

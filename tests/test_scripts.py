@@ -83,7 +83,7 @@ def test_predict_draws_in_the_photographs_own_size(script, trained, tmp_path, ca
         (diffseg, "--checkpoint a.pt", "--resume"),
         (diffseg, "--data folder --data-root none", "none: this folder does not exist"),
         (pepl, "--labels 1", "lower --labels"),
-        (pepl, "--pretrained", "--arch efficientnet_lite0"),
+        (pepl, "--arch tiny --pretrained", "--arch efficientnet_lite0"),
         (pepl, "--out /dev/null", "/dev/null"),
         (caudo_diff, "--exemplar img99", "--exemplar img99: not auto"),
         (caudo_diff, "--encoder resnet1", "--encoder resnet1"),
