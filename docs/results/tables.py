@@ -53,12 +53,12 @@ SUMMARY = [
     ),
     (
         "PEPL",
-        "1 image in 10",
-        "`python pepl.py`",
-        "pepl_synthetic_seed*.json",
+        "4 images a class",
+        "`python pepl.py --data folder --pretrained`",
+        "pepl_cub100_seed*.json",
         ("pepl", "supervised", None),
         "accuracy",
-        "photographs: not measured",
+        "mixing does not pay",
     ),
     (
         "Caudo-Diff",
