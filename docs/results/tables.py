@@ -54,11 +54,11 @@ SUMMARY = [
     (
         "PEPL",
         "4 images a class",
-        "`python pepl.py --data folder --pretrained`",
+        "`python pepl.py --data folder --labels-per-class 4 --pretrained`",
         "pepl_cub100_seed*.json",
         ("pepl", "supervised", None),
         "accuracy",
-        "mixing does not pay",
+        "mixing: no gain",
     ),
     (
         "Caudo-Diff",
