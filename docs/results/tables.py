@@ -53,12 +53,12 @@ SUMMARY = [
     ),
     (
         "PEPL",
-        "4 images/class",
+        "4 a class",
         "`python pepl.py --data folder --labels-per-class 4 --pretrained`",
         "pepl_cub100_seed*.json",
         ("pepl", "supervised", None),
         "accuracy",
-        "mixing: no use",
+        "no use in mixing",
     ),
     (
         "Caudo-Diff",
