@@ -58,7 +58,7 @@ SUMMARY = [
         "pepl_cub100_seed*.json",
         ("pepl", "supervised", None),
         "accuracy",
-        "no use in mixing",
+        "mixing",
     ),
     (
         "Caudo-Diff",
