@@ -23,7 +23,21 @@ def test_cam_and_percent_map_against_loops():
         assert maps[b, i, j] == pytest.approx(want.item(), abs=1e-5)
     for shares in (pepl.percent_map(maps), pepl.percent_map(torch.full((2, 4, 4), -3.0))):
         assert shares.min() >= 0 and torch.allclose(shares.sum((1, 2)), torch.ones(2))
-    assert pepl.cam(features, weight, y, (9, 7)).shape == (2, 9, 7)
+
+
+def test_a_cell_of_the_map_is_drawn_where_it_looks():
+    torch.manual_seed(0)
+    args, x = pepl.parse_args([]), torch.rand(2, 3, 48, 48, requires_grad=True)
+    features = pepl.Classifier(args, 5).eval()(x)[1]  # (2, 128, 8, 8)
+    features[:, :, 4, 3].square().sum().backward()
+    cell = torch.zeros_like(features)
+    cell[:, :, 4, 3] = 1
+    drawn = pepl.cam(cell, torch.ones(5, 128), torch.tensor([0, 1]), (48, 48))[0]
+    place = torch.arange(48.0)
+    for weight in (x.grad.abs().sum((0, 1)), drawn):  # (48, 48): their centres of mass
+        weight = weight / weight.sum()
+        assert (weight.sum(1) @ place).item() == pytest.approx(24, abs=0.5)
+        assert (weight.sum(0) @ place).item() == pytest.approx(18, abs=0.5)
 
 
 def test_thresholds_against_plain_python():
