@@ -127,8 +127,8 @@ class Target(NamedTuple):
 def cam(features, weight, y, size):
     """Class activation maps (B, H, W) of classes y (B,): features (B, K, h, w), weight (C, K)."""
     maps = torch.einsum("bkhw,bk->bhw", F.relu(features.float()), weight[y].float())  # Eq. 1 [G]
-    # Strided convolutions centre cell i on pixel stride * i; enlarged as usual, a map would lie half
-    # a cell, less half a pixel, too far to the right and down.
+    # Strided convolutions centre cell i on pixel stride * i. Enlarged as usual, a map would lie
+    # half a cell, less half a pixel, too far right and down.
     shift = [1 / cells - 1 / pixels for cells, pixels in zip(maps.shape[1:], size, strict=True)]
     theta = torch.tensor([[1, 0, shift[1]], [0, 1, shift[0]]], device=maps.device)
     grid = F.affine_grid(theta.expand(len(y), 2, 3), (len(y), 1, *size), align_corners=False)
