@@ -12,8 +12,8 @@ Files out: flags that a checkpoint remembers, checkpoints, result.json, sheets o
 
 import argparse
 import contextlib
-import gzip
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -21,7 +21,7 @@ import os
 import shlex
 import shutil
 import sys
-import urllib.request
+import tempfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -729,52 +729,31 @@ def label_split(labels, fraction=None, per_class=None, seed=0):
 
 
 def _fetch(url, folder, note):
-    """Download an archive and unpack it, if it is not there: folder is whole or absent."""
+    """Download an archive and unpack its folder of the same name, if that is not there.
+
+    Folder and archive are whole or absent; of two runs that need the same one, one waits.
+    """
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{url.split('/')[-1]}.part")
-    with FileLock(part.with_suffix(".lock")):  # two runs that need the same archive: one waits
-        if not folder.is_dir():
-            _download(url, part, note)
-            _unpack(part, folder)
-
-
-def _download(url, part, note):
-    """Download url to the file part, going on where an earlier download broke off."""
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    print(f"downloading {url} ({note})", file=sys.stderr)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            start = start if response.status == 206 else 0  # no Range here: from the beginning
-            total = start + int(response.headers.get("Content-Length", 0))
-            bar = tqdm.wrapattr(response, "read", total, desc=part.stem, initial=start)
-            with open(part, "ab" if start else "wb") as file, bar as body:
-                shutil.copyfileobj(body, file)
-        if part.stat().st_size < total:
-            raise OSError(f"broken off at {part.stat().st_size:,} of {total:,} bytes")
-    except Exception as error:
-        if getattr(error, "code", 0) != 416:  # 416: the part is whole already
-            todo = f"check the network and run again: it resumes from what is in {part}"
+    archive = folder.with_name(url.split("/")[-1])
+    with FileLock(f"{archive}.lock"), tempfile.TemporaryDirectory(dir=folder.parent) as temp:
+        if folder.is_dir():  # the other run is done
+            return
+        try:
+            if not archive.exists():
+                print(f"downloading {url} ({note})", file=sys.stderr)
+                torch.hub.download_url_to_file(url, str(archive))
+        except (OSError, http.client.HTTPException) as error:
+            todo = f"check the network and run again, or save it as {archive} by other means"
             raise DataError(f"{url}: download failed ({error}); {todo}") from error
-
-
-def _unpack(part, folder):
-    """Unpack an archive's folder of the same name and delete the archive."""
-    temp, kind = folder.with_name(f".{folder.name}"), "zip" if ".zip" in part.name else "gztar"
-    try:
-        if kind == "gztar":  # tarfile overlooks damage that the check sum shows
-            with gzip.open(part) as file:
-                file.seek(sys.maxsize)  # reads to the end
-        shutil.unpack_archive(part, temp, kind)
-        os.replace(temp / folder.name, folder)
-    except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        part.unlink()
-        raise DataError(f"{part}: corrupt ({error}), now deleted; run it again") from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-    part.unlink()
+        try:
+            shutil.unpack_archive(archive, temp)
+        except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            archive.unlink()
+            raise DataError(f"{archive}: corrupt ({error}), now deleted; run it again") from error
+        os.replace(Path(temp, folder.name), folder)
+        archive.unlink()
 
 
 # ==================================================================================================
