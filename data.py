@@ -310,7 +310,7 @@ def draw_sheet(titles, rows, path):
         pen.text((2, y + 4), label, "black", font=font)
         for x, (tile, caption) in zip(range(bar, sheet.width, w), tiles, strict=True):
             sheet.paste(Image.fromarray(tile).resize((w - 4, h - 16), 0), (x, y))
-            pen.text((x + 2, y + h - 16), caption[: w // 6], "black", font=font)
+            pen.text((x + 2, y + h - 16), caption[: w // 7], "black", font=font)
     save_png(np.asarray(sheet), path)
 
 
