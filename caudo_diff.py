@@ -64,9 +64,11 @@ from data import DataError, number, whole
 
 METHOD = "caudo_diff"
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
-TIMES = [0, 225, 450, 675, 900]  # of DDIM inversion, up to t*; calibration takes them back (ours)
+TIMES = [0, 100, 200, 300, 400]  # of DDIM inversion, up to t*; calibration takes them back (ours)
+KAPPA = 4.0  # weight of each image's own colour edges (ours)
 GUIDANCE = 0.8  # weight w of classifier-free guidance; below 1 trusts the prior of shapes (ours)
 FACTOR, LATENT = 4, 8  # pixels per latent, a side, and a latent's channels (ours)
+GUIDES = (4, 8, 16)  # strides of a pretrained encoder whose features guide the diffusion (ours)
 METRICS = ["dice", "iou", "precision", "recall"]
 POOL = 600  # at most so many images are labelled in a round, to bound its time (ours)
 ROWS = ["exemplar_copied", "exemplar_only", "self_training"]
@@ -90,7 +92,7 @@ def parse_args(argv=None):
     add("--encoder", default="scratch", help="scratch, efficientnet_lite0, resnet18 ...")
     add("--rounds", type=whole(1), default=3, help="rounds of calibration and retraining")
     add("--round-steps", type=whole(1), default=100, help="training steps of every round")
-    add("--kappa", type=number(0), default=4.0, help="weight of each image's own colour edges")
+    add("--anatomy", action="store_true", help="the object is known by its place, not its colour")
     add("--compare", action=on_off, default=True, help="also train what it is compared with")
     if p.parse_args(argv).quick:
         p.set_defaults(steps=6, round_steps=6, batch_size=8)
@@ -132,16 +134,6 @@ def from_opponent(y):
     return (x.exp() - 0.05).clamp(0, 1)
 
 
-def colour_statistics(x):
-    """Mean and std (B, 3, 1, 1) of x's log colours where it is lit, and lit (B, 1, H, W)."""
-    y = opponent(x)
-    lit = torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)  # 0 in black frames: below 0.15
-    n = lit.sum((2, 3), keepdim=True) + 1
-    mean = (y * lit).sum((2, 3), keepdim=True) / n
-    std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(n).sqrt()
-    return mean, std, lit
-
-
 def contrast_map(x, p):
     """Fisher's discriminant of colours in and outside of p (B, 1, H, W) in each x (B, 3, H, W).
 
@@ -159,17 +151,23 @@ def contrast_map(x, p):
     return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 (ours); near 0 if far < 0.3
 
 
-def follow_image(x, logits, kappa):
+def follow_image(x, logits):
     """Move a mask (logits (B, 1, H, W)) to the colour edges of its image x: probabilities."""
     evidence = F.avg_pool2d(contrast_map(x, logits.sigmoid()), 3, 1, 1, count_include_pad=False)
-    # at kappa 4 colour counts up to 12, the mask up to 6
-    return torch.sigmoid(logits.clamp(-6, 6) + kappa * evidence)  # Eq. 4 (ours)
+    # colour counts up to 12, the mask up to 6
+    return torch.sigmoid(logits.clamp(-6, 6) + KAPPA * evidence)  # Eq. 4 (ours)
 
 
-def guide(x, p, z_p):
-    """The guide c (B, C', h, w): images x in [0, 1], labels p (B, 1, H, W) and their z_p = E(p)."""
-    pixels = torch.cat([4 * x - 2, 2 * p - 1, contrast_map(x, p)], 1)  # (B, 5, H, W)
-    return torch.cat([z_p, F.pixel_unshuffle(pixels, FACTOR)], 1).float()
+def guide(x, p, features):
+    """The guide c (B, C', h, w): images x (B, 3, H, W) in [0, 1], their labels p (B, 1, H, W) and
+    features {stride: (B, C, ., .)} of an Encoder, each set of these with mean 0 and deviation 1."""
+    # The pixels of a patch become the channels of the latent that lies there.
+    parts = [F.pixel_unshuffle(torch.cat([4 * x - 2, 2 * p - 1], 1), FACTOR)]  # (B, 64, h, w)
+    for stride in GUIDES:
+        if stride in features:
+            h = F.interpolate(features[stride], parts[0].shape[2:], mode="bilinear")
+            parts.append(F.group_norm(h, 1))
+    return torch.cat(parts, 1).float()
 
 
 def reliability(p0, p1, power=6):
@@ -259,8 +257,8 @@ def make_lite0(pretrained=True):
 class Encoder(nn.Module):
     """A frozen ImageNet network: x (B, 3, H, W) in [0, 1] -> {stride: its last features}.
 
-    name: efficientnet_lite0, scratch (x itself is returned) or a network of torchvision, fetched
-    when first used. Raises DataError for one without features of three strides.
+    name: efficientnet_lite0, scratch (none: {1: x}) or a network of torchvision, fetched when
+    first used. Raises DataError for one without features of three strides.
     """
 
     def __init__(self, name, size, pretrained=True):
@@ -288,7 +286,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         if not self.layers:
-            return x
+            return {1: x}
         h, features = (x - self.mean) / self.std, {}
         h = h.contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
@@ -308,7 +306,7 @@ def convs(c_in, c_out, stride=1):
 
 
 class Segmenter(nn.Module):
-    """f: an Encoder's features, or an image (B, 3, H, W) in [0, 1] -> logits (B, 1, H, W)."""
+    """f: what an Encoder returns -> logits (B, 1, H, W)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -323,10 +321,9 @@ class Segmenter(nn.Module):
         self.stride = min(channels)
         self.head = nn.Conv2d(c, self.stride**2, 3, padding=1)
 
-    def forward(self, x):
-        features = x
+    def forward(self, features):
         if self.down:
-            h, features = F.pixel_unshuffle(4 * x - 2, 2), {}  # (B, 12, H/2, W/2)
+            h, features = F.pixel_unshuffle(4 * features[1] - 2, 2), {}  # (B, 12, H/2, W/2)
             for i, layer in enumerate(self.down):
                 h = features[i] = layer(h)
         *skips, h = features.values()
@@ -356,14 +353,12 @@ class Autoencoder(nn.Module):
 class Denoiser(nn.Module):
     """Guided denoiser g(zt, t, c) -> x0_hat: latents (B, C, h, w), t (B,), guide c or zeros."""
 
-    def __init__(self, width=32):
+    def __init__(self, channels, width=32):
         super().__init__()
-        c_emb = 4 * width
+        c_emb, c_guide = 4 * width, 4 * FACTOR**2 + sum(channels.get(k, 0) for k in GUIDES)
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.stem = nn.Conv2d(2 * LATENT + 5 * FACTOR**2, width, 3, padding=1)
-        self.fine = nn.ModuleList(Block(width, width, c_emb) for _ in range(2))
-        self.coarse = nn.ModuleList(Block(width, width, c_emb) for _ in range(3))
-        self.last = nn.ModuleList([Block(2 * width, width, c_emb), Block(width, width, c_emb)])
+        self.stem = nn.Conv2d(LATENT + c_guide, width, 3, padding=1)
+        self.blocks = nn.ModuleList(Block(width, width, c_emb) for _ in range(4))
         self.norm, self.head = nn.GroupNorm(8, width), nn.Conv2d(width, LATENT, 3, padding=1)
         nn.init.zeros_(self.head.weight)
 
@@ -373,14 +368,8 @@ class Denoiser(nn.Module):
         phase = t.float()[:, None] * freq  # (B, 32)
         emb = F.silu(self.time(torch.cat([phase.sin(), phase.cos()], 1)))
         h = self.stem(torch.cat([zt, c], 1).contiguous(memory_format=torch.channels_last))
-        for block in self.fine:
+        for block in self.blocks:
             h = block(h, emb)  # (B, width, h, w)
-        low = F.avg_pool2d(h, 2, ceil_mode=True)
-        for block in self.coarse:
-            low = block(low, emb)
-        h = torch.cat([h, F.interpolate(low, h.shape[2:])], 1)
-        for block in self.last:
-            h = block(h, emb)
         v = self.head(F.silu(self.norm(h))).float()
         a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
         # ours: by v, x0_hat tends to zt as t goes to 0, where inversion starts
@@ -432,16 +421,17 @@ def calibrate(ctx, img, p0):
     """Labels p0 (B, 1, H, W) of img uint8 -> states (B, len(TIMES), H, W), t* to 0, last is p1."""
     ae, g = ctx.nets["autoencoder"], ctx.nets["denoiser"]
     x, p0 = img.to(ctx.args.device).float() / 255, p0.to(ctx.args.device)
+    c = guide(x, p0, ctx.encoder(x))
     with autocast(ctx.args):
         z = ae.encode(p0)  # (B, C, h, w)
-        c = guide(x, p0, z)
         unguided = torch.zeros_like(c)
         for t, t_next in itertools.pairwise(TIMES):  # up: DDIM inversion
             z = ddim_step(z, g(z, t, unguided), t, t_next)
         way = [z]
         for t, t_next in itertools.pairwise(TIMES[::-1]):  # and down
             x0_hat = torch.lerp(g(z, t, unguided), g(z, t, c), GUIDANCE)  # Eq. 7 (ours)
-            x0_hat = ae.encode(follow_image(x, ae.decode(x0_hat), ctx.args.kappa))
+            if not ctx.args.anatomy:
+                x0_hat = ae.encode(follow_image(x, ae.decode(x0_hat)))
             z = ddim_step(z, x0_hat, t, t_next)
             way.append(z)
         return torch.cat([ae.decode(z).sigmoid() for z in way], 1)
@@ -555,11 +545,17 @@ def field(b, cells, size):
 
 
 class Expansion:
-    """Step 1: draws labelled pairs, all from one exemplar; other images lend colour and skin."""
+    """Step 1: draws labelled pairs, all from one exemplar; other images lend their skin."""
 
-    def __init__(self, img, mask, images, device):  # uint8 (3, H, W), bool (1, H, W), (N, 3, H, W)
-        self.images, self.mask = images.to(device), mask[None].to(device).float()
-        self.img = img[None].to(device).float() / 255
+    def __init__(self, img, mask, images, args):  # uint8 (3, H, W), bool (1, H, W), (N, 3, H, W)
+        self.images, self.mask = images.to(args.device), mask[None].to(args.device).float()
+        self.img = img[None].to(args.device).float() / 255
+        # Of anatomy: turned by up to 15 degrees, 0.8 to 1.3 times as large, near its place.
+        self.turn, self.scale, self.spread = 0.26, (0.78, 1.28), 0.3
+        self.share_alone = 0.0  # of pairs with the object alone, pasted
+        if not args.anatomy:  # of an object that lies anywhere: at any angle, 0.9 to 1.8
+            self.turn, self.scale, self.spread = math.pi, (0.9, 1.82), 0.5
+            self.share_alone = 1 / 3
         h, w = mask.shape[1:]
         y, x = mask[0].nonzero().float().mean(0).tolist()
         self.centre = torch.tensor([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1])  # in [-1, 1]
@@ -571,8 +567,8 @@ class Expansion:
     def warp(self, scale, spread, padding, elastic=1.0):
         """Turned, squeezed, elastic copies magnified by scale (n,): images, masks (n, C, H, W)."""
         n, (h, w) = len(scale), self.img.shape[2:]
-        turn = 2 * math.pi * torch.rand(n)  # any angle, and mirrored or not
-        flip = torch.randint(0, 2, (n,)) * 2 - 1
+        turn = self.turn * (2 * torch.rand(n) - 1)
+        flip = torch.randint(0, 2, (n,)) * 2 - 1  # mirrored or not
         squeeze = torch.exp(0.2 * torch.randn(n))  # narrower and higher by 22 % (deviation)
         cos, sin, ratio = turn.cos() / scale, turn.sin() / scale, w / h
         rows = [cos * squeeze * flip, -sin / ratio / squeeze, sin * ratio * squeeze * flip]
@@ -589,19 +585,15 @@ class Expansion:
         warped = F.grid_sample(copies, grid.to(copies), "bilinear", padding, align_corners=False)
         return warped[:, :3], warped[:, 3:]
 
-    def recoloured(self, n):
-        """n warps of the exemplar in the colours of unlabelled images: log colours and masks."""
-        scale = torch.exp(0.7 * torch.rand(n) - 0.1)  # magnified by 0.9 to 1.8
-        x, mask = self.warp(scale, 0.5, "reflection")
-        x = x.clamp(0, 1)
-        y, (mean, std, lit) = opponent(x), colour_statistics(x)
-        lender = self.images[torch.randint(len(self.images), (n,))].float() / 255
-        new_mean, new_std, _ = colour_statistics(lender)
-        gain = ((new_std + 0.02) / (std + 0.02)).clamp(0.5, 2)  # of contrast, at most twofold
-        return y + lit * ((y - mean) * gain + new_mean - y), mask
+    def warped(self, n):
+        """n warps of the exemplar: log colours (n, 3, H, W) and masks (n, 1, H, W)."""
+        low, high = self.scale
+        scale = low * (high / low) ** torch.rand(n)
+        x, mask = self.warp(scale, self.spread, "reflection")
+        return opponent(x.clamp(0, 1)), mask
 
     def pasted(self, n):
-        """The exemplar's object alone, on windows at the border of random unlabelled images."""
+        """As warped, the object alone, on windows at the border of random unlabelled images."""
         radius = 0.1 * 4.2 ** torch.rand(n)  # of the object: 0.1 to 0.42 of the side
         x, mask = self.warp(radius / self.radius, 0.6, "zeros", elastic=1.5)
         j = torch.randint(len(self.images), (n,))
@@ -611,13 +603,17 @@ class Expansion:
         place[torch.arange(n), along] = 2 * torch.rand(n) - 1
         theta = torch.cat([torch.eye(2) * side[:, :, None], (place * (1 - side))[:, :, None]], 2)
         grid = F.affine_grid(theta, (n, 1, *mask.shape[2:]), align_corners=False).to(x)
+        # Its outer pixels fade to black, as at the rim of a dermatoscope, which helps.
         background = F.grid_sample(self.images[j].float() / 255, grid, align_corners=False)
         return opponent(background) + mask * (opponent(x) - self.around), mask
 
     def __call__(self, b):
-        """Draw images (b, 3, H, W) in [0, 1] and masks (b, 1, H, W) in {0, 1}, a third pasted."""
-        parts = zip(self.recoloured(b - max(1, b // 3)), self.pasted(max(1, b // 3)), strict=True)
-        y, m = (torch.cat(part) for part in parts)
+        """Draw images (b, 3, H, W) in [0, 1] and masks (b, 1, H, W) in {0, 1}."""
+        alone = round(b * self.share_alone)
+        y, m = self.warped(b - alone)
+        if alone:
+            pairs = zip((y, m), self.pasted(alone), strict=True)
+            y, m = (torch.cat(pair) for pair in pairs)
         # the object's contrast to the rest
         area, rest = (w.sum((2, 3), keepdim=True) + 1 for w in (m, 1 - m))
         contrast = (y * m).sum((2, 3), keepdim=True) / area
@@ -700,9 +696,9 @@ def draw_latents(ctx, expansion):
     features = ctx.encoder(strong_view(strong_view(x)))  # so changed that the segmenter errs
     with autocast(ctx.args):
         p = ctx.nets["exemplar"](features).sigmoid()
-        p = corrupt(torch.where(uniform(0, 1, b).to(x) < 0.6, p, m))  # 40 %: of the true mask
-        z0, z_p = ae.encode(m), ae.encode(p)
-    c = guide(x, p, z_p) * (uniform(0, 1, b) > 0.15).to(x)  # 15 % unguided, for Eq. 7
+        p = torch.where(uniform(0, 1, b).to(x) < 0.5, p, corrupt(p))
+        z0 = ae.encode(m)
+    c = guide(x, p, ctx.encoder(x)) * (uniform(0, 1, b) > 0.15).to(x)  # 15 % unguided, for Eq. 7
     t = torch.randint(T, (b,)).to(x.device)
     return add_noise(z0, t, torch.randn(z0.shape).to(x)), t, c, z0
 
@@ -742,8 +738,9 @@ def update_ema(ema, net, decay):
 
 def build(ctx, stage):
     """A new network for a stage, on the run's device."""
-    kinds = {"autoencoder": Autoencoder, "denoiser": Denoiser}
-    net = kinds[stage]() if stage in kinds else Segmenter(ctx.encoder.channels)
+    channels = ctx.encoder.channels
+    nets = {"autoencoder": Autoencoder, "denoiser": partial(Denoiser, channels)}
+    net = nets.get(stage, partial(Segmenter, channels))()
     return net.to(ctx.args.device, memory_format=torch.channels_last)
 
 
@@ -813,9 +810,14 @@ def choose_exemplar(train_set, wanted):
         raise DataError(f"--exemplar {wanted}: {why} (without val/ a tenth of them is set aside)")
     h, w = (side // 4 for side in train_set.images.shape[2:])
 
-    def look(img):  # colours, contrast and what the centre differs by
-        mean, std, _ = colour_statistics(img.float() / 255)
-        centre = opponent(img.float() / 255)[:, :, h:-h, w:-w].mean((2, 3), keepdim=True)
+    def look(img):  # colours and contrast where it is lit, and what the centre differs by
+        x = img.float() / 255
+        y = opponent(x)
+        lit = torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)  # 0 in black frames
+        n = lit.sum((2, 3), keepdim=True) + 1
+        mean = (y * lit).sum((2, 3), keepdim=True) / n
+        std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(n).sqrt()
+        centre = y[:, :, h:-h, w:-w].mean((2, 3), keepdim=True)
         return torch.cat([mean, std, centre - mean], 1).flatten(1)  # (B, 9)
 
     looks = batched(look, train_set.images)
@@ -882,7 +884,7 @@ def run(args):
         if not args.resume:
             data.fresh_folder(folder)
         ctx = Context(args, folder, listing, encoder, {}, {})
-        expansion = Expansion(train_set.images[i], mask, images, args.device)
+        expansion = Expansion(train_set.images[i], mask, images, args)
         draw_expansion(expansion, folder / "figures" / "expansion.png")
         train_all(ctx, expansion, labelled)
         state = {"method": METHOD, "args": vars(args), "data": listing, "seconds": ctx.seconds}

@@ -48,6 +48,19 @@ def test_contrast_map_finds_what_half_a_mask_marks():
     assert caudo_diff.overlap_metrics(found, truth)["dice"] > 0.95
 
 
+@pytest.mark.parametrize("flags", [["--anatomy"], []])
+def test_expansion_of_anatomy_leaves_it_in_its_place(flags):
+    args, images = caudo_diff.parse_args(flags), torch.randint(0, 256, (4, 3, 48, 64)).byte()
+    mask = torch.zeros(1, 48, 64, dtype=torch.bool)
+    mask[:, 12:36, 20:44] = True
+    torch.manual_seed(0)
+    x, m = caudo_diff.Expansion(images[0], mask, images, args)(32)
+    assert x.shape == (32, 3, 48, 64) and x.min() >= 0 and x.max() <= 1
+    assert m.shape == (32, 1, 48, 64) and m.unique().tolist() == [0, 1]
+    dice = caudo_diff.overlap_metrics(m > 0.5, mask.expand_as(m))["dice"]
+    assert (dice > 0.15).all() == bool(flags)
+
+
 def test_reliability_is_high_where_labels_agree_and_are_sure():
     p0 = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]).view(2, 1, 2, 2)
     p1 = torch.tensor([[1.0, 0.75, 0.0, 0.5], [1.0, 0.0, 1.0, 0.0]]).view(2, 1, 2, 2)
