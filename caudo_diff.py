@@ -10,29 +10,24 @@ labels. The segmenter learns from them, most where label and calibrated label ag
                      |                  | 6 train further:         | 3 z_p = E(p0)
                      |                  |   p0 and p1 agree        v
                      +--> 3 masks E, G  +--- p1 = G(z_0) <-- 5 DDIM: z_p -> t* -> z_0
-                     +--> 4 Denoiser g(z_t, t, c), guide c = [E(p0), p0, pixels, contrast] --^
+                     +--> 4 Denoiser g(z_t, t, c), guide c = [p0, pixels, features] --^
 
     python caudo_diff.py                                  synthetic images on a CPU, minutes
     python caudo_diff.py --data folder --data-root mine --exemplar img_017 --no-compare
     python caudo_diff.py --data isic2018                  downloads ISIC 2018 Task 1 (13 GB) first
     python caudo_diff.py --predict photo.jpg --checkpoint out/caudo_diff/mine/seed0-img_017/best.pt
 
-mine/ holds <train|test>/{images,masks}/*. Dice on test images, one exemplar, seed 0, on a CPU; the
-X-rays at 96 x 96 with efficientnet_lite0, --kappa 0 (docs/caudo_diff.md has the command):
-                             exemplar only  self-training  Caudo-Diff  + CRF  full supervision
-    synthetic, n = 128               0.825          0.850       0.890  0.897             0.920
-    ISIC subset, n = 300             0.735          0.781       0.799  0.818             0.878
-    chest X-rays, n = 142            0.918          0.926       0.925  0.920             0.954
+mine/ holds <train|test>/{images,masks}/*. docs/caudo_diff.md has the results.
 
 Deviations, or what we chose where no details are public (docs/caudo_diff.md says more):
-D1  "Guided" is: classifier-free guidance (Eq. 7) by pixels and a contrast map (Eq. 3), not by the
-    segmenter's features, with which X-ray labels were worse; and each predicted mask moves to its
-    image's colour edges (Eq. 4; --kappa 0 where the object has no colour of its own).
-D2  t* = 900 of 1000 by four steps of DDIM inversion: inexact, but nothing need come back as it was.
-D3  The denoiser learns from corrupted masks and from the segmenter's errors on strongly changed
-    views, corrupted too: its errors on the pairs it was trained with are too small.
+D1  "Guided" is: classifier-free guidance (Eq. 7) by pixels, label and the features of a pretrained
+    encoder, if there is one; and each predicted mask moves to its image's colour edges (Eq. 4; not
+    with --anatomy).
+D2  t* = 400 of 1000 by four steps of DDIM inversion: inexact, but nothing need come back as it was.
+D3  The denoiser learns from the segmenter's errors on strongly changed views, half of them made
+    worse: its errors on the pairs it was trained with are too small.
 D4  Only the first round calibrates: the denoiser knows the first segmenter's errors alone.
-D5  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5).
+D5  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5); from round 2 on by 1.
 D6  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
     chosen with training and validation masks, never on test: so that is not quite one-shot.
 """
@@ -85,12 +80,12 @@ def parse_args(argv=None):
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--size", type=data.parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT")
-    add("--steps", type=whole(1), default=300, help="training steps [of the autoencoder: twice]")
+    add("--steps", type=whole(1), default=300, help="steps of first stages; autoencoder: twice")
     add("--batch-size", type=whole(8), default=24, help="images in a training step")
-    add("--lr", type=number(1e-9, 10), default=2e-3, help="peak learning rate of AdamW's cosine")
+    add("--lr", type=number(1e-9, 10), default=2e-3, help="learning rate of AdamW, along a cosine")
     add("--exemplar", default="auto", help="a training image's id; auto:K is the K-th most typical")
     add("--encoder", default="scratch", help="scratch, efficientnet_lite0, resnet18 ...")
-    add("--rounds", type=whole(1), default=3, help="rounds of calibration and retraining")
+    add("--rounds", type=whole(1), default=3, help="rounds of labelling and retraining")
     add("--round-steps", type=whole(1), default=100, help="training steps of every round")
     add("--anatomy", action="store_true", help="the object is known by its place, not its colour")
     add("--compare", action=on_off, default=True, help="also train what it is compared with")
@@ -148,7 +143,7 @@ def contrast_map(x, p):
     normal = torch.linalg.solve(cov, mean[0] - mean[1])  # (B, 3, 1)
     far = ((mean[0] - mean[1]) * normal).sum(1, keepdim=True)  # (B, 1, 1) Mahalanobis, squared
     score = (normal * (y - (mean[0] + mean[1]) / 2)).sum(1, keepdim=True)  # (B, 1, N)
-    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 (ours); near 0 if far < 0.3
+    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 (ours); 0.3: near 0 if alike
 
 
 def follow_image(x, logits):
@@ -387,7 +382,7 @@ class Context(NamedTuple):
     args: argparse.Namespace
     folder: Path
     listing: str  # fingerprint of the training data
-    encoder: nn.Module  # frozen, or the identity
+    encoder: nn.Module  # frozen, or {1: x}
     nets: dict  # {stage: network}, of the finished stages
     seconds: dict  # {stage: seconds}
 
@@ -442,7 +437,7 @@ def label(ctx, method, r, images):
 
     p0 is by the segmenter of the round before; p1 = p0 unless Caudo-Diff calibrates, in round 1.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(r))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ctx.args.seed + r))
     index = order[:POOL]  # drawn anew in every round
     before = "exemplar" if r == 1 else f"{method}_{r - 1}"
     p0 = p1 = batched(partial(segment, ctx, before), images[index])
@@ -454,7 +449,8 @@ def label(ctx, method, r, images):
 def crf_refine(p, img):
     """Refine probabilities p (B, 1, H, W) of images uint8 (B, 3, H, W) by the dense CRF."""
     # bilateral kernel alone: 10 pixels at a width of 64, 8 grey levels, weight 3 (ours)
-    crf = DenseCRF(5, 3, 0, 10 * img.shape[3] / 64, 8, 3)
+    sxy = 10 * img.shape[3] / 64
+    crf = DenseCRF(sxy_bilateral=sxy, srgb=8, compat_bilateral=3, compat_gaussian=0)
     return crf(unary_from_softmax(torch.cat([1 - p, p], 1)), img)[:, 1:]
 
 
@@ -550,15 +546,15 @@ class Expansion:
     def __init__(self, img, mask, images, args):  # uint8 (3, H, W), bool (1, H, W), (N, 3, H, W)
         self.images, self.mask = images.to(args.device), mask[None].to(args.device).float()
         self.img = img[None].to(args.device).float() / 255
-        # Of anatomy: turned by up to 15 degrees, 0.8 to 1.3 times as large, near its place.
-        self.turn, self.scale, self.spread = 0.26, (0.78, 1.28), 0.3
-        self.share_alone = 0.0  # of pairs with the object alone, pasted
-        if not args.anatomy:  # of an object that lies anywhere: at any angle, 0.9 to 1.8
-            self.turn, self.scale, self.spread = math.pi, (0.9, 1.82), 0.5
-            self.share_alone = 1 / 3
         h, w = mask.shape[1:]
         y, x = mask[0].nonzero().float().mean(0).tolist()
         self.centre = torch.tensor([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1])  # in [-1, 1]
+        # An object lies anywhere, at any angle, 0.9 to 1.8 times as large.
+        self.place, self.spread, self.turn, self.scale = torch.zeros(2), 0.5, math.pi, (0.9, 1.82)
+        self.alone, self.flips = 1 / 3, True  # alone: share of pairs with nothing but the object
+        if args.anatomy:  # is near its place, turned by up to 15 degrees, 0.8 to 1.3 times as large
+            self.place, self.spread, self.turn, self.scale = self.centre, 0.3, 0.26, (0.78, 1.28)
+            self.alone, self.flips = 0.0, False
         # the object's radius, were it a disc, in sides of the image; colours 2 to 7 px around it
         self.radius = math.sqrt(self.mask.mean().item() / math.pi)
         ring = F.max_pool2d(self.mask, 15, 1, 7) - F.max_pool2d(self.mask, 3, 1, 1)
@@ -573,7 +569,7 @@ class Expansion:
         cos, sin, ratio = turn.cos() / scale, turn.sin() / scale, w / h
         rows = [cos * squeeze * flip, -sin / ratio / squeeze, sin * ratio * squeeze * flip]
         matrix = torch.stack([*rows, cos / squeeze], 1).view(n, 2, 2)
-        to = spread * (2 * torch.rand(n, 2, 1) - 1)  # where its centre goes, 0: the middle
+        to = self.place[:, None] + spread * (2 * torch.rand(n, 2, 1) - 1)  # its centre, new
         theta = torch.cat([matrix, self.centre[:, None] - matrix @ to], 2)
         grid = F.affine_grid(theta, (n, 1, h, w), align_corners=False)
         # elastic: 4 and 7 bumps a side shift pixels by up to 8 and 4 % of the side (one deviation)
@@ -609,7 +605,7 @@ class Expansion:
 
     def __call__(self, b):
         """Draw images (b, 3, H, W) in [0, 1] and masks (b, 1, H, W) in {0, 1}."""
-        alone = round(b * self.share_alone)
+        alone = round(b * self.alone)
         y, m = self.warped(b - alone)
         if alone:
             pairs = zip((y, m), self.pasted(alone), strict=True)
@@ -625,7 +621,7 @@ class Expansion:
         y = y + soft * gain.to(m) * contrast
         # and it has a texture of 7 bumps a side, up to 12 % brighter or darker (one deviation)
         y[:, :1] += soft * (uniform(0, 0.2, b) * field(b, 7, m.shape[2:])).to(m)
-        return data.augment(from_opponent(y), (m > 0.5).float())
+        return data.augment(from_opponent(y), (m > 0.5).float(), self.flips)
 
 
 def strong_view(x):
@@ -667,7 +663,7 @@ def draw_pairs(ctx, expansion, pool=None):
     if pool:
         i = torch.randint(len(pool[0]), (n,))
         img, label, weight = (tensor[i].to(x.device).float() for tensor in pool)
-        img, both = data.augment(img / 255, torch.cat([label, weight], 1))
+        img, both = data.augment(img / 255, torch.cat([label, weight], 1), expansion.flips)
         x, m, w = torch.cat([x, img]), torch.cat([m, both[:, :1]]), torch.cat([w, both[:, 1:]])
     return ctx.encoder(strong_view(x)), m, w
 
@@ -677,7 +673,8 @@ def draw_labelled(ctx, labelled):
     i = torch.randint(len(labelled), (ctx.args.batch_size,))
     rater = torch.randint(labelled.masks.shape[1], (ctx.args.batch_size,))
     x, m = labelled.images[i], labelled.masks[i, rater][:, None]  # (B, 3, H, W), (B, 1, H, W)
-    x, m = data.augment(x.to(ctx.args.device).float() / 255, m.to(ctx.args.device).float())
+    x, m = x.to(ctx.args.device).float() / 255, m.to(ctx.args.device).float()
+    x, m = data.augment(x, m, not ctx.args.anatomy)
     return ctx.encoder(strong_view(x)), m, torch.ones_like(m)
 
 
@@ -721,7 +718,7 @@ def autoencoder_loss(net, m):
 
 
 def denoiser_loss(net, zt, t, c, z0):
-    """Mean squared error of v, the network's own output, of a batch of draw_latents."""
+    """Mean squared error of v (Eq. 6), nearly, of a batch of draw_latents."""
     a = ALPHA_BAR.to(z0.device)[t][:, None, None, None]
     # an error of v is sqrt(1 - a) as large in x0_hat: divided by 1 - a, this is the MSE of v
     return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 (ours)

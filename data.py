@@ -577,7 +577,7 @@ def _by_stem(folder):
     return found
 
 
-def augment(images, masks):
+def augment(images, masks, flips=True):
     """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
 
     images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W) in {0, 1}, sampled nearest.
@@ -588,7 +588,7 @@ def augment(images, masks):
     cos, sin = torch.cos(0.26 * z[:, 0]), torch.sin(0.26 * z[:, 0])  # up to 15 degrees
     affine = [cos, -sin * h / w, 0.1 * z[:, 4], sin * w / h, cos, 0.1 * z[:, 5]]
     affine = torch.stack(affine, 1).view(b, 2, 3)
-    flip = torch.where(z[:, 2:4] < 0, -1, 1)
+    flip = torch.where(z[:, 2:4] < 0, -1, 1) if flips else 1
     affine[:, :, :2] *= (flip * torch.exp(0.15 * z[:, 1:2]))[:, :, None]
     grid = F.affine_grid(affine, (b, 1, h, w), align_corners=False)  # (B, H, W, 2)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
