@@ -95,7 +95,7 @@ def parse_args(argv=None):
 
 
 # ==================================================================================================
-# 2. The method's mathematics: pure functions on tensors
+# 2. The method's mathematics: pure functions on tensors ([G]: given by others; ours)
 # ==================================================================================================
 
 # Linear betas 1e-4 .. 0.02; ALPHA_BAR[t] is the share of signal variance left after step t.
@@ -116,7 +116,7 @@ def ddim_step(zt, x0_hat, t, t_next):
 
 
 def opponent(x):
-    """Log colours (B, 3, H, W) of x in [0, 1]: brightness, blue-yellow, red-green, orthonormal."""
+    """Log colours (B, 3, H, W) of x in [0, 1]: brightness, yellow-blue, red-green, orthonormal."""
     r, g, b = (x + 0.05).log().unbind(1)  # 0.05: black is not minus infinity
     # no matrix product, as bf16 autocast would round it
     return torch.stack([(r + g + b) / 3**0.5, (r + g - 2 * b) / 6**0.5, (r - g) / 2**0.5], 1)
@@ -124,8 +124,8 @@ def opponent(x):
 
 def from_opponent(y):
     """The inverse of opponent, clamped to [0, 1]: (B, 3, H, W)."""
-    light, blue, red = y[:, 0] / 3**0.5, y[:, 1] / 6**0.5, y[:, 2] / 2**0.5
-    x = torch.stack([light + blue + red, light + blue - red, light - 2 * blue], 1)
+    light, yellow, red = y[:, 0] / 3**0.5, y[:, 1] / 6**0.5, y[:, 2] / 2**0.5
+    x = torch.stack([light + yellow + red, light + yellow - red, light - 2 * yellow], 1)
     return (x.exp() - 0.05).clamp(0, 1)
 
 
@@ -520,7 +520,7 @@ def draw_calibration(ctx, test, pred, path):
         pictures.append(data.outline(photo, pred[i, 0], (255, 230, 0)))
         captions = ["", *(f"Dice {d:.2f}" for d in dice)]
         rows.append((f"{name}\n{test.ids[i][-7:]}", list(zip(pictures, captions, strict=True))))
-    titles = ["image + truth", "first label p0", f"t = {TIMES[-1]}", f"t = {TIMES[2]}"]
+    titles = ["image + truth", "first label p0", f"t = {TIMES[-1]}", f"t = {TIMES[-3]}"]
     data.draw_sheet([*titles, "calibrated p1", "Caudo-Diff"], rows, path)
 
 
@@ -627,7 +627,7 @@ class Expansion:
 def strong_view(x):
     """Strong photometric changes of images x (B, 3, H, W) in [0, 1]: the same shape."""
     b, mean = len(x), x.mean((2, 3), keepdim=True)
-    # light: up to 35 % more or less, in each colour 13 %, and uneven by up to 15 % (deviation)
+    # light: up to 35 % more, 26 % less, in each colour 13 %, and uneven by up to 15 % (deviation)
     light = torch.exp(uniform(-0.3, 0.3, b) + uniform(-0.12, 0.12, b, 3, 1, 1))
     light = light * (1 + uniform(0, 0.15, b) * field(b, 3, x.shape[2:]))
     # contrast 0.6 to 1.5, gamma 0.74 to 1.35, grain up to 3 % (deviation)
@@ -811,9 +811,9 @@ def choose_exemplar(train_set, wanted):
         x = img.float() / 255
         y = opponent(x)
         lit = torch.sigmoid((x.mean(1, keepdim=True) - 0.15) / 0.03)  # 0 in black frames
-        n = lit.sum((2, 3), keepdim=True) + 1
-        mean = (y * lit).sum((2, 3), keepdim=True) / n
-        std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(n).sqrt()
+        area = lit.sum((2, 3), keepdim=True) + 1
+        mean = (y * lit).sum((2, 3), keepdim=True) / area
+        std = ((y - mean).square() * lit).sum((2, 3), keepdim=True).div(area).sqrt()
         centre = y[:, :, h:-h, w:-w].mean((2, 3), keepdim=True)
         return torch.cat([mean, std, centre - mean], 1).flatten(1)  # (B, 9)
 
