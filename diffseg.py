@@ -80,15 +80,15 @@ def parse_args(argv=None):
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--steps", type=whole(1), default=300, help="steps of a network [other data: 1860]")
+    add("--steps", type=whole(1), default=240, help="steps of a network [other data: 1860]")
     add("--batch-size", type=whole(3), default=24, help="images in a training step")
     add("--lr", type=data.number(1e-9, 10), default=1e-3, help="peak learning rate of AdamW (ours)")
     add("--compare", action=on_off, default=True, help="also train the supervised U-Net")
     add("--width", type=int, default=32, choices=[16, 32, 48, 64], help="channels of the U-Nets")
-    add("--outputs", type=whole(1), default=16, help="N outputs an image, 2 N network calls (ours)")
+    add("--outputs", type=whole(1), default=10, help="N outputs an image [other data: 16] (ours)")
     args = p.parse_args(argv)
     if args.data != "synthetic":
-        p.set_defaults(steps=1860)
+        p.set_defaults(steps=1860, outputs=16)
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, outputs=6)
     return data.parse_flags(p, argv, METHOD)
