@@ -554,7 +554,7 @@ class Expansion:
         # An object lies anywhere, at any angle, 0.9 to 1.8 times as large.
         self.place, self.spread, self.turn, self.scale = torch.zeros(2), 0.5, math.pi, (0.9, 1.82)
         self.alone, self.flips = 1 / 3, True  # alone: share of pairs with nothing but the object
-        if args.anatomy:  # is near its place, turned by up to 15 degrees, 0.8 to 1.3 times as large
+        if args.anatomy:  # near its place, turned by up to 15 degrees, 0.8 to 1.3 times as large
             self.place, self.spread, self.turn, self.scale = self.centre, 0.3, 0.26, (0.78, 1.28)
             self.alone, self.flips = 0.0, False
         # the object's radius, were it a disc, in sides of the image; colours 2 to 7 px around it
