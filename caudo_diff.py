@@ -288,7 +288,7 @@ class Encoder(nn.Module):
         h = h.contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
             h = layer(h)
-            stride = 2 ** round(math.log2(x.shape[3] / h.shape[3]))
+            stride = 2 ** math.ceil(math.log2(x.shape[3] / h.shape[3]))
             if stride > 1:
                 features[stride] = h  # a later layer of this stride replaces it
         return features
