@@ -581,6 +581,7 @@ def augment(images, masks, flips=True):
     """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
 
     images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W) in {0, 1}, sampled nearest.
+    flips: whether both sides may be mirrored; anatomy is not turned over.
     The random numbers are drawn on the CPU, so that a resumed run repeats them on any device.
     """
     b, _, h, w = images.shape
