@@ -66,7 +66,6 @@ KAPPA = 4.0  # weight of each image's own colour edges (ours)
 GUIDANCE = 0.8  # weight w of classifier-free guidance; below 1 trusts the prior of shapes (ours)
 FACTOR, LATENT = 4, 8  # pixels per latent, a side, and a latent's channels (ours)
 GUIDES = (4, 8, 16)  # strides of a pretrained encoder whose features guide the diffusion (ours)
-METRICS = ["dice", "iou", "precision", "recall"]
 POOL = 600  # at most so many images are labelled in a round, to bound its time (ours)
 ROWS = ["exemplar_copied", "exemplar_only", "self_training"]
 ROWS += ["caudo_diff", "caudo_diff_crf", "full_supervision"]
@@ -177,8 +176,7 @@ def reliability(p0, p1, power=6):
 def overlap_metrics(pred, mask):
     """Per-image metrics of binary pred and mask, both (B, 1, H, W): a dict of (B,) tensors.
 
-    An empty prediction of an empty mask scores 1 throughout. thresholded_jaccard is the ISIC
-    challenge's: IoU, counted as 0 below 0.65.
+    An empty prediction of an empty mask scores 1 throughout.
     """
     pred, mask = pred.flatten(1).float(), mask.flatten(1).float()
     inter, p, m = (pred * mask).sum(1), pred.sum(1), mask.sum(1)
@@ -186,10 +184,8 @@ def overlap_metrics(pred, mask):
     def ratio(x, y):
         return torch.where(y > 0, x / y.clamp(min=1), (p + m == 0).float())
 
-    iou = ratio(inter, p + m - inter)
-    out = {"dice": ratio(2 * inter, p + m), "iou": iou}
-    out |= {"precision": ratio(inter, p), "recall": ratio(inter, m)}
-    return out | {"thresholded_jaccard": torch.where(iou < 0.65, torch.zeros_like(iou), iou)}
+    out = {"dice": ratio(2 * inter, p + m), "iou": ratio(inter, p + m - inter)}
+    return out | {"precision": ratio(inter, p), "recall": ratio(inter, m)}
 
 
 # ==================================================================================================
@@ -346,6 +342,11 @@ class Autoencoder(nn.Module):
     def decode(self, z):
         return self.decoder(z).float()
 
+    def forward(self, mask):
+        """The latent, and the logits of what G makes of it with noise: in training."""
+        z = self.encode(mask)
+        return z, self.decode(z + 0.05 * torch.randn(z.shape).to(z))
+
 
 class Denoiser(nn.Module):
     """Guided denoiser g(zt, t, c) -> x0_hat: latents (B, C, h, w), t (B,), guide c or zeros."""
@@ -475,8 +476,7 @@ def predict(ctx, folder):
 
 def means(pred, mask):
     """Metrics of bool pred and mask (N, 1, H, W), mean over the images: {metric: number}."""
-    metrics = overlap_metrics(pred, mask)
-    return {m: metrics[m].mean().item() for m in METRICS}
+    return {m: x.mean().item() for m, x in overlap_metrics(pred, mask).items()}
 
 
 def evaluate(ctx, test, mask):
@@ -664,8 +664,8 @@ def draw_pairs(ctx, expansion, pool=None):
     w = torch.ones_like(m)
     if pool:
         i = torch.randint(len(pool[0]), (n,))
-        img, label, weight = (tensor[i].to(x.device).float() for tensor in pool)
-        img, both = data.augment(img / 255, torch.cat([label, weight], 1), expansion.flips)
+        img, y, weight = (tensor[i].to(x.device).float() for tensor in pool)
+        img, both = data.augment(img / 255, torch.cat([y, weight], 1), expansion.flips)
         x, m, w = torch.cat([x, img]), torch.cat([m, both[:, :1]]), torch.cat([w, both[:, 1:]])
     return ctx.encoder(strong_view(x)), m, w
 
@@ -713,10 +713,9 @@ def segmenter_loss(net, features, mask, weight):
 
 def autoencoder_loss(net, m):
     """Reconstruct masks m (B, 1, H, W) from latents with noise; keeps these at unit variance."""
-    z = net.encode(m)
-    noisy = z + 0.05 * torch.randn(z.shape).to(z)
+    z, logits = net(m)
     unit = z.mean().square() + (z.std() - 1).square()
-    return F.binary_cross_entropy_with_logits(net.decode(noisy), m) + 0.1 * unit
+    return F.binary_cross_entropy_with_logits(logits, m) + 0.1 * unit
 
 
 def denoiser_loss(net, zt, t, c, z0):
@@ -760,13 +759,8 @@ def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
 
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, rate)
     parts = {"net": net, "ema": ema, "opt": opt, "schedule": schedule}
-    first, seconds = 0, 0.0
-    if args.resume and file.exists():
-        state = data.load_checkpoint(file, METHOD, ctx.listing)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        data.set_rng(state["rng"], args.device)
-        first, seconds = state["step"], state["seconds"]
+    saved = data.resume(file, METHOD, args, ctx.listing, parts)
+    first, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     forward, begin = torch.compile(net) if args.compile else net, time.time() - seconds
     bar = tqdm(range(first, steps), stage, steps, initial=first, disable=first == steps)
     for step in bar:
@@ -784,10 +778,8 @@ def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             seconds = time.time() - begin
-            state = {"method": METHOD, "args": vars(args), "data": ctx.listing, "step": step + 1}
-            state |= {"seconds": seconds, "rng": data.get_rng(args.device)}
-            state |= {name: part.state_dict() for name, part in parts.items()}
-            data.save_checkpoint(state, file)
+            more = {"step": step + 1, "seconds": seconds}
+            data.save_checkpoint(file, METHOD, args, ctx.listing, parts, **more)
             with open(ctx.folder / "log.csv", "a") as log:
                 log.write(f"{stage},{step + 1},{loss:.5f}\n")
     ctx.nets[stage], ctx.seconds[stage] = ema, round(seconds, 1)
@@ -886,10 +878,9 @@ def run(args):
         expansion = Expansion(train_set.images[i], mask, images, args)
         draw_expansion(expansion, folder / "figures" / "expansion.png")
         train_all(ctx, expansion, labelled)
-        state = {"method": METHOD, "args": vars(args), "data": listing, "seconds": ctx.seconds}
-        state["nets"] = {stage: net.state_dict() for stage, net in ctx.nets.items()}
-        state["encoder"] = encoder.state_dict()
-        data.save_checkpoint(state, folder / "best.pt")
+        nets = {stage: net.state_dict() for stage, net in ctx.nets.items()}
+        more = {"nets": nets, "encoder": encoder.state_dict(), "seconds": ctx.seconds}
+        data.save_checkpoint(folder / "best.pt", METHOD, args, listing, **more)
     rows, pred = evaluate(ctx, test, mask)
     data.print_table(rows)
     more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}

@@ -207,11 +207,22 @@ def fingerprint(*things):
     return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
-def save_checkpoint(state, path):
-    """Write state to path so that either the old file or the whole new one is there, never half.
+def save_checkpoint(path, method, args, data, parts=None, **more):
+    """Write flags, fingerprint of the data and more; returns what was written.
 
-    state: a dict with "method", "args" (vars of the flags) and "data" (a fingerprint).
+    parts {name: network, optimiser ...}: their states too and the random generators', for resume.
     """
+    state = {"method": method, "args": vars(args), "data": data, **more}
+    if parts:
+        gpu = torch.cuda.get_rng_state(args.device) if args.device.startswith("cuda") else None
+        state["rng"] = {"cpu": torch.get_rng_state(), "gpu": gpu}
+        state |= {name: part.state_dict() for name, part in parts.items()}
+    _save(state, path)
+    return state
+
+
+def _save(state, path):
+    """torch.save so that either the old file or the whole new one is there, never half."""
     temp = path.with_suffix(f".{os.getpid()}")
     try:
         torch.save(state, temp)
@@ -241,17 +252,20 @@ def load_checkpoint(path, method, data=None):
     return state
 
 
-def get_rng(device):
-    """The states of torch's random generators, of the CPU and of a GPU that is used."""
-    gpu = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
-    return {"cpu": torch.get_rng_state(), "gpu": gpu}
+def resume(path, method, args, data, parts):
+    """Bring parts and random generators to where save_checkpoint left them: what it had written.
 
-
-def set_rng(state, device):
-    """Restore what get_rng returned; a run that moved to a GPU keeps that GPU's own generator."""
-    torch.set_rng_state(state["cpu"])
-    if device.startswith("cuda") and state["gpu"] is not None:
-        torch.cuda.set_rng_state(state["gpu"], device)
+    {} without --resume, or if there is no file. On another device a GPU keeps its own generator.
+    """
+    if not (args.resume and path.exists()):
+        return {}
+    state = load_checkpoint(path, method, data)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"]["cpu"])
+    if args.device.startswith("cuda") and state["rng"]["gpu"] is not None:
+        torch.cuda.set_rng_state(state["rng"]["gpu"], args.device)
+    return state
 
 
 def write_result(path, args, method, rows, **more):
@@ -461,7 +475,7 @@ def _store(key, sources, decode, root, workers):
             stacked[i] = x
     try:
         cache.parent.mkdir(exist_ok=True)
-        save_checkpoint({"listing": listing, "stacked": stacked}, cache)
+        _save({"listing": listing, "stacked": stacked}, cache)
     except (DataError, OSError) as error:  # a read-only place, a full disk
         print(f"warning: {error}; it decodes again next time", file=sys.stderr)
     return stacked, state

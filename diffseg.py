@@ -137,8 +137,7 @@ def ged(samples, raters):
 def overlap_metrics(pred, mask):
     """Per-image metrics of binary pred and mask, both (B, 1, H, W): a dict of (B,) tensors.
 
-    An empty prediction of an empty mask scores 1 throughout. thresholded_jaccard is the ISIC
-    challenge's: IoU, counted as 0 below 0.65.
+    An empty prediction of an empty mask scores 1 throughout.
     """
     pred, mask = pred.flatten(1).float(), mask.flatten(1).float()
     inter, p, m = (pred * mask).sum(1), pred.sum(1), mask.sum(1)
@@ -146,10 +145,8 @@ def overlap_metrics(pred, mask):
     def ratio(x, y):
         return torch.where(y > 0, x / y.clamp(min=1), (p + m == 0).float())
 
-    iou = ratio(inter, p + m - inter)
-    out = {"dice": ratio(2 * inter, p + m), "iou": iou}
-    out |= {"precision": ratio(inter, p), "recall": ratio(inter, m)}
-    return out | {"thresholded_jaccard": torch.where(iou < 0.65, torch.zeros_like(iou), iou)}
+    out = {"dice": ratio(2 * inter, p + m), "iou": ratio(inter, p + m - inter)}
+    return out | {"precision": ratio(inter, p), "recall": ratio(inter, m)}
 
 
 def ambiguity(samples):
@@ -401,6 +398,7 @@ def evaluate(nets, split, args):
         for row, margin in segment(nets, img, args).items():
             samples, variance = margin > 0, ambiguity(margin > 0)
             values = overlap_metrics(one_mask(margin), consensus(raters))
+            values["thresholded_jaccard"] = values["iou"] * (values["iou"] >= 0.65)  # ISIC's
             values["ged"] = ged(samples, raters)
             if raters.shape[1] > 1:
                 values["correlation"] = correlation(variance, ambiguity(raters))
@@ -692,13 +690,9 @@ def train(stage, start, steps, loss_function, mark, args, folder):
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule)
     parts = {"net": net, "ema": ema, "opt": opt, "scheduler": scheduler}
-    last, first, seconds = folder / f"last_{stage}.pt", 0, 0.0
-    if args.resume and last.exists():
-        saved = data.load_checkpoint(last, METHOD, mark)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        first, seconds = saved["step"], saved["seconds"]
-        data.set_rng(saved["rng"], args.device)
+    last = folder / f"last_{stage}.pt"
+    saved = data.resume(last, METHOD, args, mark, parts)
+    first, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     forward = torch.compile(net) if args.compile else net
     began, losses = time.time() - seconds, []
     bar = tqdm(range(first, steps), f"train {stage}", steps, initial=first, unit="step")
@@ -717,10 +711,8 @@ def train(stage, start, steps, loss_function, mark, args, folder):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             mean, losses, seconds = sum(losses) / len(losses), [], time.time() - began
             bar.set_postfix(loss=f"{mean:.4f}")
-            state = {"method": METHOD, "args": vars(args), "data": mark, "step": step + 1}
-            state |= {"seconds": seconds, "rng": data.get_rng(args.device)}
-            state |= {name: part.state_dict() for name, part in parts.items()}
-            data.save_checkpoint(state, last)
+            more = {"step": step + 1, "seconds": seconds}
+            data.save_checkpoint(last, METHOD, args, mark, parts, **more)
             with open(folder / "log.csv", "a") as file:
                 file.write(f"{stage},{step + 1},{mean:.5f}\n")
     return ema, seconds
@@ -764,11 +756,10 @@ def train_all(args, folder):
     stage("diffseg_student", half, partial(teach, masks=masks, nested=len(offsets)), first)
     rows = evaluate({name: net for name, net in nets.items() if name != "unet"}, val, args)
     ours = ("diffseg_crf", "diffseg_student", "diffseg_student_crf")
-    state = {"method": METHOD, "args": vars(args), "data": mark, "seconds": seconds}
-    state["row"] = max(ours, key=lambda row: rows[row]["dice"].mean())
-    state["nets"] = {name: net.state_dict() for name, (net, _) in nets.items()}
-    state["thresholds"] = {name: thresholds for name, (_, thresholds) in nets.items()}
-    data.save_checkpoint(state, folder / "best.pt")
+    more = {"row": max(ours, key=lambda row: rows[row]["dice"].mean()), "seconds": seconds}
+    more["nets"] = {name: net.state_dict() for name, (net, _) in nets.items()}
+    more["thresholds"] = {name: thresholds for name, (_, thresholds) in nets.items()}
+    data.save_checkpoint(folder / "best.pt", METHOD, args, mark, **more)
 
 
 def run(args):

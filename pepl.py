@@ -490,9 +490,9 @@ def update_ema(ema, net, decay):
         old.copy_(new)
 
 
-def build(args, n_classes, pretrained):
+def build(args, n_classes):
     """A network, its optimiser and the schedule of the learning rates."""
-    net = Classifier(args, n_classes, pretrained).train()
+    net = Classifier(args, n_classes, args.pretrained).train()
     net = net.to(args.device, memory_format=torch.channels_last)
     opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
     opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
@@ -520,24 +520,19 @@ def label_shares(y, keep, truth):
     return torch.stack([right.mean(), kept, keep.mean()])
 
 
-def train(method, train_set, split, args, folder, header):
+def train(method, train_set, split, args, folder, mark):
     """Train one method, the loop of all; returns its last checkpoint, all that --resume needs.
 
-    split: indices of train_set, labelled and unlabelled. header: what checkpoints say of the run.
+    split: indices of train_set, labelled and unlabelled. mark: fingerprint of the data.
     """
     torch.manual_seed(args.seed)
     b, n_classes, last = args.batch_size, len(train_set.classes), folder / f"last_{method}.pt"
-    resumed = args.resume and last.exists()
-    net, opt, rates = build(args, n_classes, args.pretrained and not resumed)
+    net, opt, rates = build(args, n_classes)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     parts = {"net": net, "ema": ema, "opt": opt, "rates": rates}
     p = torch.full((n_classes,), 1 / n_classes)  # (C,)
     state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p}
-    if resumed:
-        state = data.load_checkpoint(last, METHOD, header["data"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        data.set_rng(state["rng"], args.device)
+    state |= data.resume(last, METHOD, args, mark, parts)
     tau, p, log = state["tau"].to(args.device), state["p"].to(args.device), state["log"]
     images, labels = train_set.images.to(args.device), train_set.labels.to(args.device)
     labelled, unlabelled = (i.to(args.device) for i in split)
@@ -587,10 +582,9 @@ def train(method, train_set, split, args, folder, header):
             keep &= step >= first  # before that nothing is
             row = [loss, *label_shares(y, keep, labels[watched]), tau]
             log.append([step + 1, *(round(x.item(), 4) for x in row)])
-            state = header | {"step": step + 1, "seconds": time.time() - begin, "log": log}
-            state |= {"tau": tau, "p": p, "rng": data.get_rng(args.device)}
-            state |= {name: part.state_dict() for name, part in parts.items()}
-            data.save_checkpoint(state, last)
+            more = {"step": step + 1, "seconds": time.time() - begin, "log": log}
+            more |= {"tau": tau, "p": p}
+            state = data.save_checkpoint(last, METHOD, args, mark, parts, **more)
             with open(folder / f"log_{method}.csv", "w", newline="") as file:
                 csv.writer(file).writerows([["step", "loss", *SHARES, "tau"], *log])
     return state
@@ -633,13 +627,12 @@ def run(args):
         if not args.resume:
             try_step(args, len(test.classes))
             data.fresh_folder(folder)
-        header = {"method": METHOD, "args": vars(args), "data": mark}
-        done = {m: train(m, train_set, split, args, folder, header) for m in args.method}
+        done = {m: train(m, train_set, split, args, folder, mark) for m in args.method}
         nets = {m: state["ema"] for m, state in done.items()}
         logs = {m: state["log"] for m, state in done.items()}
         seconds = {m: round(state["seconds"]) for m, state in done.items()}
         more = {"classes": test.classes, "nets": nets, "logs": logs, "seconds": seconds}
-        data.save_checkpoint(header | more, best)
+        data.save_checkpoint(best, METHOD, args, mark, **more)
 
     state, rows, pseudo_labels = data.load_checkpoint(best, METHOD, mark), {}, {}
     for method, weights in state["nets"].items():

@@ -59,7 +59,7 @@ def test_checkpoints_describe_themselves(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="no checkpoint to go on from"):
         flags(["--resume"])
     folder.mkdir(parents=True)
-    data.save_checkpoint({"method": method, "args": vars(args), "data": "d"}, folder / "best.pt")
+    data.save_checkpoint(folder / "best.pt", method, args, "d")
     away = ["--out", "elsewhere", "--device", "cpu", "--checkpoint", str(folder / "best.pt")]
     assert data.run_folder(method, flags(["--eval-only", *away])) == folder
     for given in (["--resume"], ["--eval-only"], ["--predict", "a.png", *away]):
@@ -72,7 +72,7 @@ def test_checkpoints_describe_themselves(tmp_path, monkeypatch):
 
 
 def test_unusable_checkpoints_are_named(tmp_path):
-    data.save_checkpoint({"method": "m"}, tmp_path / "best.pt")
+    data.save_checkpoint(tmp_path / "best.pt", "m", SimpleNamespace(), "d")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:500])
     cases = [("best", "n", "not of n"), ("cut", "m", "cut.pt is not"), ("no", "m", "no checkpoint")]
     for name, method, words in cases:
@@ -81,7 +81,7 @@ def test_unusable_checkpoints_are_named(tmp_path):
 
 
 def test_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path, monkeypatch):
-    data.save_checkpoint({"method": "m"}, path := tmp_path / "a.pt")
+    data.save_checkpoint(path := tmp_path / "a.pt", "m", SimpleNamespace(), "d")
     before = path.read_bytes()
 
     def full(state, path):
@@ -90,7 +90,7 @@ def test_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(data.DataError, match="No space left"):
-        data.save_checkpoint({"method": "m"}, path)
+        data.save_checkpoint(path, "m", SimpleNamespace(), "d")
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
