@@ -96,7 +96,7 @@ def parse_args(argv=None):
 
 
 # ==================================================================================================
-# 2. The method's mathematics: pure functions on tensors ([G]: given by others; ours)
+# 2. The method's mathematics: pure functions on tensors ([G]: given by others; the rest is ours)
 # ==================================================================================================
 
 # Linear betas 1e-4 .. 0.02; ALPHA_BAR[t] is the share of signal variance left after step t.
@@ -174,10 +174,7 @@ def reliability(p0, p1, power=6):
 
 
 def overlap_metrics(pred, mask):
-    """Per-image metrics of binary pred and mask, both (B, 1, H, W): a dict of (B,) tensors.
-
-    An empty prediction of an empty mask scores 1 throughout.
-    """
+    """Per-image metrics of binary pred and mask (B, 1, H, W): {metric: (B,)}; both empty: all 1."""
     pred, mask = pred.flatten(1).float(), mask.flatten(1).float()
     inter, p, m = (pred * mask).sum(1), pred.sum(1), mask.sum(1)
 
@@ -451,8 +448,7 @@ def label(ctx, method, r, images):
 
 def crf_refine(p, img):
     """Refine probabilities p (B, 1, H, W) of images uint8 (B, 3, H, W) by the dense CRF."""
-    # bilateral kernel alone: 10 pixels at a width of 64, 8 grey levels, weight 3 (ours)
-    sxy = 10 * img.shape[3] / 64
+    sxy = 10 * img.shape[3] / 64  # the bilateral kernel alone; its widths and weight are ours
     crf = DenseCRF(sxy_bilateral=sxy, srgb=8, compat_bilateral=3, compat_gaussian=0)
     return crf(unary_from_softmax(torch.cat([1 - p, p], 1)), img)[:, 1:]
 
@@ -507,7 +503,7 @@ def draw_calibration(ctx, test, pred, path):
     """Draw the best, median and worst two test images by Dice of pred, the final masks."""
     truth = consensus(test.masks)
     order = overlap_metrics(pred, truth)["dice"].argsort(descending=True).tolist()
-    half, rows = len(order) // 2, []
+    half, rows = (len(order) - 1) // 2, []
     picks = [("best", i) for i in order[:2]]
     picks += [("median", i) for i in order[half : half + 2]]
     picks += [("worst", i) for i in order[-2:]]
@@ -719,9 +715,8 @@ def autoencoder_loss(net, m):
 
 
 def denoiser_loss(net, zt, t, c, z0):
-    """Mean squared error of v (Eq. 6), nearly, of a batch of draw_latents."""
+    """Mean squared error of z0 over 1 - a: nearly that of v (Eq. 6)."""
     a = ALPHA_BAR.to(z0.device)[t][:, None, None, None]
-    # an error of v is sqrt(1 - a) as large in x0_hat: divided by 1 - a, this is the MSE of v
     return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 (ours)
 
 
@@ -826,7 +821,8 @@ def train_all(ctx, expansion, labelled):
     first = train(ctx, "exemplar", n, pairs)
     train(ctx, "autoencoder", 2 * n, partial(draw_masks, ctx, expansion), autoencoder_loss)
     train(ctx, "denoiser", n, partial(draw_latents, ctx, expansion), denoiser_loss)
-    for method in ("caudo_diff", "self_training", "exemplar_only")[: 3 if labelled else 1]:
+    methods = ["caudo_diff", "self_training", "exemplar_only"] if labelled else ["caudo_diff"]
+    for method in methods:
         net, pool = first, None
         for r in range(1, ctx.args.rounds + 1):
             if method != "exemplar_only":

@@ -253,7 +253,7 @@ def load_checkpoint(path, method, data=None):
 
 
 def resume(path, method, args, data, parts):
-    """Bring parts and random generators to where save_checkpoint left them: what it had written.
+    """Restore parts and random generators from what save_checkpoint wrote; returns all of that.
 
     {} without --resume, or if there is no file. On another device a GPU keeps its own generator.
     """
@@ -324,7 +324,9 @@ def draw_sheet(titles, rows, path):
         pen.text((2, y + 4), label, "black", font=font)
         for x, (tile, caption) in zip(range(bar, sheet.width, w), tiles, strict=True):
             sheet.paste(Image.fromarray(tile).resize((w - 4, h - 16), 0), (x, y))
-            pen.text((x + 2, y + h - 16), caption[: w // 7], "black", font=font)
+            while font.getlength(caption) > w - 4:
+                caption = caption[:-1]
+            pen.text((x + 2, y + h - 16), caption, "black", font=font)
     save_png(np.asarray(sheet), path)
 
 
@@ -387,7 +389,7 @@ def _open(path, size=None, paper="white"):
             if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
                 img.draft(None, (max(size), max(size)))
             img = ImageOps.exif_transpose(img)
-            if img.mode[0] in "IF":  # 16 or 32 bits: to 8 by the range; a mask's is its brightest
+            if img.mode[0] in "IF":  # to 8 bits: whole numbers by 65535, others by their brightest
                 grey = np.nan_to_num(np.asarray(img, np.float32)).clip(0)
                 top = 65535 if img.mode[0] == "I" and paper == "white" else 1e-9
                 img = Image.fromarray((grey * (255 / max(grey.max(), top)) + 0.5).astype(np.uint8))
@@ -594,7 +596,7 @@ def _by_stem(folder):
 def augment(images, masks, flips=True):
     """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
 
-    images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W) in {0, 1}, sampled nearest.
+    images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W), sampled nearest.
     flips: whether both sides may be mirrored; anatomy is not turned over.
     The random numbers are drawn on the CPU, so that a resumed run repeats them on any device.
     """
@@ -615,16 +617,12 @@ def augment(images, masks, flips=True):
 
 @dataclass
 class ClassificationSet:
-    name: str
     split: str
     ids: list[str]  # paths relative to the root
     images: torch.Tensor  # uint8 (N, 3, H, W)
     labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1
     classes: list[str]
     listing: str  # fingerprint of the files and labels
-
-    def __len__(self):
-        return len(self.ids)
 
 
 def load_classification(name, root, split, size, limit=None, workers=8):
@@ -639,7 +637,7 @@ def load_classification(name, root, split, size, limit=None, workers=8):
         step = max(1, n // (limit or n))
         ids = [f"{split}_{i:04d}" for i in range(0, n, step)]
         images, labels, listing = images[::step], labels[::step], fingerprint(ids, size)
-        return ClassificationSet(name, split, ids, images, labels, BIRD_CLASSES, listing)
+        return ClassificationSet(split, ids, images, labels, BIRD_CLASSES, listing)
     root = _existing(root)
     find = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)
     sources, classes = find(name, root, split)
@@ -651,7 +649,7 @@ def load_classification(name, root, split, size, limit=None, workers=8):
     one = [(path,) for path in paths]
     images, files = _store(key, one, lambda path: read_image(path, size), root, workers)
     ids, listing = [name for name, *_ in files], fingerprint(files, labels, classes)
-    return ClassificationSet(name, split, ids, images, torch.tensor(labels), classes, listing)
+    return ClassificationSet(split, ids, images, torch.tensor(labels), classes, listing)
 
 
 def _class_folders(name, root, split):
@@ -808,7 +806,6 @@ def synthetic_dermoscopy(n, size, seed):
 
 
 def _dermoscopy(b, size, seed):
-    """Draw b images (b, 3, H, W) and masks (b, 4, H, W); see synthetic_dermoscopy."""
     g, u, field, px, y, x = _canvas(b, size, seed)
 
     def rgb(r, g, b):
@@ -881,7 +878,7 @@ def _dermoscopy(b, size, seed):
     return (img.clamp(0, 1) * 255).round().to(torch.uint8), masks
 
 
-# Colours of (bill, crown, wing bar, tail); two classes differ in at least two of the four parts.
+# Colours of (bill, crown, wing bar, tail); two classes differ in three of the four parts.
 BIRD_PALETTE = [
     [(0.95, 0.75, 0.1), (0.1, 0.1, 0.12), (0.85, 0.2, 0.15)],
     [(0.8, 0.1, 0.1), (0.08, 0.08, 0.1), (0.95, 0.95, 0.9)],
@@ -902,7 +899,6 @@ def synthetic_birds(n, size, seed):
 
 
 def _birds(b, size, seed):
-    """Draw b birds (b, 3, H, W) and their labels (b,); see synthetic_birds."""
     g, u, field, px, y, x = _canvas(b, size, seed)
     labels = torch.randint(len(BIRD_CODES), (b,), generator=g)
     code = torch.tensor(BIRD_CODES)[labels]  # (B, 4)

@@ -135,10 +135,7 @@ def ged(samples, raters):
 
 
 def overlap_metrics(pred, mask):
-    """Per-image metrics of binary pred and mask, both (B, 1, H, W): a dict of (B,) tensors.
-
-    An empty prediction of an empty mask scores 1 throughout.
-    """
+    """Per-image metrics of binary pred and mask (B, 1, H, W): {metric: (B,)}; both empty: all 1."""
     pred, mask = pred.flatten(1).float(), mask.flatten(1).float()
     inter, p, m = (pred * mask).sum(1), pred.sum(1), mask.sum(1)
 
@@ -306,7 +303,8 @@ def diffseg_maps(net, img, n, args):
 def outputs(stage, net, img, n, args):
     """n outputs of a stage's network, logits (B, n, H, W), for images uint8 (B, 3, H, W).
 
-    Of "diffseg" they differ by noise, of the others by dropout, which depends on the whole batch.
+    Those of "diffseg" differ by noise, the others by dropout: there an image in another batch gets
+    other outputs.
     """
     if stage == "diffseg":
         difference, blend = diffseg_maps(net, img, n, args)
@@ -343,14 +341,10 @@ def calibrate(stage, net, val, args):
     def thresholds(level, spread):
         return level + torch.linspace(-spread, spread, n)[order, None, None]
 
-    def mean_dice(level):
-        return mask_dice(logits - level, val.masks).mean()
-
-    def mean_ged(spread):
-        return ged(logits > thresholds(level, spread), val.masks).mean()
-
-    level = max([math.log(k / (50 - k)) for k in range(2, 49)], key=mean_dice)  # at 0.04 to 0.96
-    spread = min([0, 0.5, 1, 1.5, 2, 3, 4, 6], key=mean_ged) if n > 1 else 0
+    levels = [math.log(k / (50 - k)) for k in range(2, 49)]  # at 0.04 to 0.96
+    level = max(levels, key=lambda x: mask_dice(logits - x, val.masks).mean())
+    spreads = [0, 0.5, 1, 1.5, 2, 3, 4, 6] if n > 1 else [0]
+    spread = min(spreads, key=lambda x: ged(logits > thresholds(level, x), val.masks).mean())
     return thresholds(level, spread)
 
 
@@ -476,8 +470,7 @@ def tag(share):
 
 
 def tag_tiles(masks, seed):
-    """Random windows (n, K, 4), left, top, width, height, and tags (n, K), as a clinician would
-    give them.
+    """Random windows (n, K, 4), left, top, width, height, and their tags (n, K), from the masks.
 
     masks: uint8 (n, R, H, W), read here and nowhere else in the training of DiffSeg and student.
     """
@@ -514,7 +507,7 @@ class Batch(NamedTuple):
 
 
 class Tiles:
-    """Training images, memory-mapped, at twice the network's size, with tagged tiles; batches."""
+    """Training images at twice the network's size with tagged tiles; draws training batches."""
 
     def __init__(self, train, args):
         self.images, self.size, self.device = train.images, args.size, args.device
@@ -563,7 +556,8 @@ class Tiles:
         weight = blob * u(0.6, 1)  # faint lesions too
         gain = u(0.85, 1.15) + u(-0.05, 0.05, 3)  # brightness and tint
         implanted = weight * lesion + (1 - weight) * healthy
-        return *((gain * (x + 1) - 1).clamp(-1, 1) for x in (implanted, healthy)), blob
+        implanted, healthy = ((gain * (x + 1) - 1).clamp(-1, 1) for x in (implanted, healthy))
+        return implanted, healthy, blob
 
     def batch(self, b):
         """Draw a Batch of b images, a third of them implants."""
@@ -590,7 +584,8 @@ class Tiles:
 
 
 def reconstruction_loss(x0_hat, batch):
-    """Squared error where the target is known; over all pixels, as some images tell little."""
+    """Squared error where the target is known; its mean is over all pixels, known or not, so that
+    images that tell little weigh little."""
     return (batch.known * (x0_hat - batch.target) ** 2).mean()  # Eq. 2 [O]
 
 
@@ -602,7 +597,7 @@ def blend_loss(logits, batch):
 
 
 def diffseg_loss(net, tiles, args):
-    """The loss of one batch: reconstructions of x0 and, for y = HEALTHY, the blend."""
+    """The loss of one batch: reconstructions of x0 and, where y = LESION_FREE, the blend."""
     batch = tiles.batch(args.batch_size)
     t = torch.randint(T_TRAIN[0], T_TRAIN[1] + 1, batch.y.shape).to(batch.y.device)
     with autocast(args):
@@ -614,8 +609,8 @@ def diffseg_loss(net, tiles, args):
 def unet_loss(net, images, masks, args, nested=1):
     """Cross-entropy plus soft Dice of a segmenter, each image with one of its masks at random.
 
-    images (N, 3, 2H, 2W), masks (N, R, 2H, 2W), both uint8; masks of 0 and 1, or, of several that
-    are nested, of how many a pixel is part.
+    images (N, 3, 2H, 2W), masks (N, R, 2H, 2W), both uint8; masks hold 0 or 1, or how many of so
+    many nested masks contain a pixel.
     """
     i = torch.randint(len(images), (args.batch_size,))
     raters = masks.shape[1]
@@ -654,10 +649,10 @@ def update_ema(ema, net, decay):
 
 @torch.no_grad()
 def student_masks(stage, net, offsets, tiles, args):
-    """Masks to teach the student, from a teacher's outputs and tags alone; R nested ones in one.
+    """Masks to teach the student, from a teacher's outputs and tags alone.
 
     Each image's level is fitted to its tags; the masks lie offsets (R,) above it: looser, tighter.
-    Returns uint8 (N, 1, 2H, 2W): of how many of them a pixel is part.
+    Returns uint8 (N, 1, 2H, 2W): how many of these R nested masks contain a pixel.
     """
     n, _, h, w = tiles.images.shape
     masks = torch.empty(n, 1, h, w, dtype=torch.uint8)
@@ -754,7 +749,7 @@ def train_all(args, folder):
     offsets = (thresholds.max() - thresholds.mean()) * torch.linspace(-1, 1, 4)
     masks = student_masks("first_student", first, offsets, tiles, args)
     stage("diffseg_student", half, partial(teach, masks=masks, nested=len(offsets)), first)
-    rows = evaluate({name: net for name, net in nets.items() if name != "unet"}, val, args)
+    rows = evaluate({name: pair for name, pair in nets.items() if name != "unet"}, val, args)
     ours = ("diffseg_crf", "diffseg_student", "diffseg_student_crf")
     more = {"row": max(ours, key=lambda row: rows[row]["dice"].mean()), "seconds": seconds}
     more["nets"] = {name: net.state_dict() for name, (net, _) in nets.items()}

@@ -433,10 +433,7 @@ def weak_augment(images, size):
 
 
 def strong_augment(x):
-    """RandAugment-like: affine; then colour, sharpness and cutout, each on a random half.
-
-    x float (B, 3, H, W) in [0, 1] -> the same.
-    """
+    """RandAugment-like, x in [0, 1]: affine; colour, sharpness, cutout on a random half each."""
     h, w = x.shape[2:]
     z, on = uniform(12, x), uniform(6, x) > 0  # on: coins; the sixth is a spare
     turn, scale = 0.4 * z[0], torch.exp(0.2 * z[1])  # up to 23 degrees; 0.8 to 1.2
@@ -490,19 +487,6 @@ def update_ema(ema, net, decay):
         old.copy_(new)
 
 
-def build(args, n_classes):
-    """A network, its optimiser and the schedule of the learning rates."""
-    net = Classifier(args, n_classes, args.pretrained).train()
-    net = net.to(args.device, memory_format=torch.channels_last)
-    opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
-    opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
-
-    def rate(k):  # up over 100 steps, down along a cosine
-        return min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
-
-    return net, opt, torch.optim.lr_scheduler.LambdaLR(opt, rate)
-
-
 def try_step(args, n_classes):
     """Load weights, go forward and back on a full batch: what does not work fails at once."""
     net = Classifier(args, n_classes, args.pretrained).to(args.device)
@@ -527,8 +511,16 @@ def train(method, train_set, split, args, folder, mark):
     """
     torch.manual_seed(args.seed)
     b, n_classes, last = args.batch_size, len(train_set.classes), folder / f"last_{method}.pt"
-    net, opt, rates = build(args, n_classes)
+    net = Classifier(args, n_classes, args.pretrained).train()
+    net = net.to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
+    opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
+
+    def rate(k):  # up over 100 steps, down along a cosine
+        return min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
+
+    rates = torch.optim.lr_scheduler.LambdaLR(opt, rate)
     parts = {"net": net, "ema": ema, "opt": opt, "rates": rates}
     p = torch.full((n_classes,), 1 / n_classes)  # (C,)
     state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p}

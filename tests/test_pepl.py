@@ -79,12 +79,12 @@ def test_semantic_mix_against_brute_force_and_changes_nothing_else():
     box2 = [[4, 2, 9, 6], [6, 4, 12, 8], [0, 0, 12, 8], [1, 1, 4, 4], [12, 2, 12, 8]]
     mix, rho_a, rho_b = pepl.semantic_mix(x, maps, partner, torch.tensor(box1), torch.tensor(box2))
     for b in range(3):
-        (l, t, r, s), (l2, t2, r2, s2) = box1[b], box2[b]
-        assert rho_a[b] == pytest.approx(1 - maps[b, t:s, l:r].sum().item(), abs=1e-5)
+        (left, t, r, s), (l2, t2, r2, s2) = box1[b], box2[b]
+        assert rho_a[b] == pytest.approx(1 - maps[b, t:s, left:r].sum().item(), abs=1e-5)
         assert rho_b[b] == pytest.approx(maps[partner[b], t2:s2, l2:r2].sum().item(), abs=1e-5)
         source = x[partner[b], None, :, t2:s2, l2:r2]
         want = before[b].clone()
-        want[:, t:s, l:r] = F.interpolate(source, (s - t, r - l), mode="bilinear")[0]
+        want[:, t:s, left:r] = F.interpolate(source, (s - t, r - left), mode="bilinear")[0]
         assert torch.allclose(mix[b], want, atol=1e-5)
     assert torch.equal(mix[3:], x[3:]) and rho_a[3:].tolist() == [1, 1] and not rho_b[3:].any()
     assert torch.equal(x, before)
