@@ -96,7 +96,7 @@ def parse_args(argv=None):
 
 
 # ==================================================================================================
-# 2. The method's mathematics: pure functions on tensors ([G]: given by others; the rest is ours)
+# 2. The method's mathematics: pure functions on tensors ([G]: given by others, [O]: ours)
 # ==================================================================================================
 
 # Linear betas 1e-4 .. 0.02; ALPHA_BAR[t] is the share of signal variance left after step t.
@@ -113,7 +113,7 @@ def ddim_step(zt, x0_hat, t, t_next):
     """One deterministic DDIM step of latents zt (B, C, h, w) from t up or down to t_next, ints."""
     a, a_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
     eps_hat = (zt - math.sqrt(a) * x0_hat) / math.sqrt(1 - a)
-    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 (ours)
+    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 [O]
 
 
 def opponent(x):
@@ -144,14 +144,14 @@ def contrast_map(x, p):
     normal = torch.linalg.solve(cov, mean[0] - mean[1])  # (B, 3, 1)
     far = ((mean[0] - mean[1]) * normal).sum(1, keepdim=True)  # (B, 1, 1) Mahalanobis, squared
     score = (normal * (y - (mean[0] + mean[1]) / 2)).sum(1, keepdim=True)  # (B, 1, N)
-    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 (ours); 0.3: near 0 if alike
+    return (2 * score / (far + 0.3)).clamp(-3, 3).view_as(p)  # Eq. 3 [O]; 0.3: near 0 if alike
 
 
 def follow_image(x, logits):
     """Move a mask (logits (B, 1, H, W)) to the colour edges of its image x: probabilities."""
     evidence = F.avg_pool2d(contrast_map(x, logits.sigmoid()), 3, 1, 1, count_include_pad=False)
     # colour counts up to 12, the mask up to 6
-    return torch.sigmoid(logits.clamp(-6, 6) + KAPPA * evidence)  # Eq. 4 (ours)
+    return torch.sigmoid(logits.clamp(-6, 6) + KAPPA * evidence)  # Eq. 4 [O]
 
 
 def guide(x, p, features):
@@ -170,7 +170,7 @@ def reliability(p0, p1, power=6):
     """Weight (B, 1, H, W) in [0, 1] of labels p1: sure, and agreed with p0, of the same shape."""
     # A whole image counts by its Dice: where calibration changes much, both are wrong more often.
     agreement = overlap_metrics(p0 > 0.5, p1 > 0.5)["dice"].view(-1, 1, 1, 1)
-    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 (ours)
+    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 [O]
 
 
 def overlap_metrics(pred, mask):
@@ -368,7 +368,7 @@ class Denoiser(nn.Module):
         v = self.head(F.silu(self.norm(h))).float()
         a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
         # ours: by v, x0_hat tends to zt as t goes to 0, where inversion starts
-        return a.sqrt() * zt - (1 - a).sqrt() * v  # Eq. 6 (ours)
+        return a.sqrt() * zt - (1 - a).sqrt() * v  # Eq. 6 [O]
 
 
 # ==================================================================================================
@@ -381,7 +381,7 @@ class Context(NamedTuple):
 
     args: argparse.Namespace
     folder: Path
-    listing: str  # fingerprint of the training data
+    mark: str  # fingerprint of the training data
     encoder: nn.Module  # frozen, or {1: x}
     nets: dict  # {stage: network}, of the finished stages
     seconds: dict  # {stage: seconds}
@@ -424,7 +424,7 @@ def calibrate(ctx, img, p0):
             z = ddim_step(z, g(z, t, unguided), t, t_next)
         way = [z]
         for t, t_next in itertools.pairwise(TIMES[::-1]):  # and down
-            x0_hat = torch.lerp(g(z, t, unguided), g(z, t, c), GUIDANCE)  # Eq. 7 (ours)
+            x0_hat = torch.lerp(g(z, t, unguided), g(z, t, c), GUIDANCE)  # Eq. 7 [O]
             if not ctx.args.anatomy:
                 x0_hat = ae.encode(follow_image(x, ae.decode(x0_hat)))
             z = ddim_step(z, x0_hat, t, t_next)
@@ -717,7 +717,7 @@ def autoencoder_loss(net, m):
 def denoiser_loss(net, zt, t, c, z0):
     """Mean squared error of z0 over 1 - a: nearly that of v (Eq. 6)."""
     a = ALPHA_BAR.to(z0.device)[t][:, None, None, None]
-    return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 (ours)
+    return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 [O]
 
 
 @torch.no_grad()
@@ -754,7 +754,7 @@ def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
 
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, rate)
     parts = {"net": net, "ema": ema, "opt": opt, "schedule": schedule}
-    saved = data.resume(file, METHOD, args, ctx.listing, parts)
+    saved = data.resume(file, METHOD, args, ctx.mark, parts)
     first, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     forward, begin = torch.compile(net) if args.compile else net, time.time() - seconds
     bar = tqdm(range(first, steps), stage, steps, initial=first, disable=first == steps)
@@ -774,7 +774,7 @@ def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             seconds = time.time() - begin
             more = {"step": step + 1, "seconds": seconds}
-            data.save_checkpoint(file, METHOD, args, ctx.listing, parts, **more)
+            data.save_checkpoint(file, METHOD, args, ctx.mark, parts, **more)
             with open(ctx.folder / "log.csv", "a") as log:
                 log.write(f"{stage},{step + 1},{loss:.5f}\n")
     ctx.nets[stage], ctx.seconds[stage] = ema, round(seconds, 1)
@@ -834,12 +834,12 @@ def train_all(ctx, expansion, labelled):
         train(ctx, "full_supervision", steps, partial(draw_labelled, ctx, labelled))
 
 
-def load_run(args, folder, listing=None):
-    """The networks of a finished run, from best.pt; listing: of the training data, checked."""
-    state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, listing)
+def load_run(args, folder, mark=None):
+    """The networks of a finished run, from best.pt; mark: of the training data, checked."""
+    state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, mark)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
-    ctx = Context(args, folder, listing, encoder, {}, state["seconds"])
+    ctx = Context(args, folder, mark, encoder, {}, state["seconds"])
     for stage, weights in state["nets"].items():
         ctx.nets[stage] = build(ctx, stage).eval()
         ctx.nets[stage].load_state_dict(weights)
@@ -863,20 +863,20 @@ def run(args):
         raise DataError(f"--exemplar {exemplar}: its mask covers the whole image; name another")
     labelled = load("train") if args.compare else None  # for the ceiling and the table alone
     images = train_set.images[others]
-    listing = data.fingerprint((labelled or train_set).listing, exemplar, mask.tolist())
+    mark = data.fingerprint((labelled or train_set).listing, exemplar, mask.tolist())
     if args.eval_only:
-        ctx = load_run(args, folder, listing)
+        ctx = load_run(args, folder, mark)
     else:
         encoder = Encoder(args.encoder, args.size).to(args.device)
         if not args.resume:
             data.fresh_folder(folder)
-        ctx = Context(args, folder, listing, encoder, {}, {})
+        ctx = Context(args, folder, mark, encoder, {}, {})
         expansion = Expansion(train_set.images[i], mask, images, args)
         draw_expansion(expansion, folder / "figures" / "expansion.png")
         train_all(ctx, expansion, labelled)
         nets = {stage: net.state_dict() for stage, net in ctx.nets.items()}
         more = {"nets": nets, "encoder": encoder.state_dict(), "seconds": ctx.seconds}
-        data.save_checkpoint(folder / "best.pt", METHOD, args, listing, **more)
+        data.save_checkpoint(folder / "best.pt", METHOD, args, mark, **more)
     rows, pred = evaluate(ctx, test, mask)
     data.print_table(rows)
     more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}
@@ -887,7 +887,7 @@ def run(args):
         more["pseudo_labels"] = labels
         print("\nPseudo-labels of the first round:")
         data.print_table(labels)
-    data.write_result(folder / "result.json", args, METHOD, rows, seconds=ctx.seconds, **more)
+    data.write_result(folder / "result.json", METHOD, args, rows, seconds=ctx.seconds, **more)
     figure = folder / "figures" / "calibration.png"
     draw_calibration(ctx, test, pred, figure)
     print(f"\n{len(test)} test images, exemplar {exemplar}. Open {figure}")

@@ -268,7 +268,7 @@ def resume(path, method, args, data, parts):
     return state
 
 
-def write_result(path, args, method, rows, **more):
+def write_result(path, method, args, rows, **more):
     """Write result.json, whole or not at all: what ran, on what, and rows {row: {metric: x}}."""
     result = {"method": method, "data": args.data, "split": "test", "seed": args.seed}
     result |= {"size": f"{args.size[1]}x{args.size[0]}", "steps": args.steps, **more}

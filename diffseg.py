@@ -778,7 +778,7 @@ def run(args):
     more = {"n_images": len(test), "seconds": state["seconds"], "predict": state["row"]}
     more["ambiguity"] = {row: worth_of_ambiguity(rows[row]) for row in rows if row != "otsu"}
     draw_panel(nets, test, rows, args, figure)
-    data.write_result(folder / "result.json", args, METHOD, table, **more)
+    data.write_result(folder / "result.json", METHOD, args, table, **more)
     data.print_table(table)
     print(f"\n{len(test)} test images of {args.data}; means over images. Open {figure}")
 

@@ -640,7 +640,7 @@ def run(args):
     more = {"split": test.split, "n_images": len(test.labels), "n_labelled": len(split[0])}
     more |= {"n_train": len(train_set.labels), "seconds": state["seconds"]}
     more["pseudo_labels"] = pseudo_labels
-    data.write_result(folder / "result.json", args, METHOD, rows, **more)
+    data.write_result(folder / "result.json", METHOD, args, rows, **more)
     data.print_table(rows)
     draw_mixes(net, test, guess, args, folder / "mix.png")  # of the last method
     print(f"\n{len(test.labels)} {test.split} images. Open {folder / 'mix.png'}")
