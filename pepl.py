@@ -101,7 +101,7 @@ def parse_args(argv=None):
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
     if args.pretrained:  # chosen on training images of 100 species of CUB
         stages = 5 if args.arch.startswith("eff") else 3  # all before the last that halves
-        p.set_defaults(steps=700, lr_backbone=0.01, freeze=stages)
+        p.set_defaults(steps=2100, lr_backbone=0.01, freeze=stages)
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, save_every=2)
     args = data.parse_flags(p, argv, METHOD)
