@@ -346,7 +346,7 @@ def images_to_predict(paths, size):
     """
     files, errors, names = [], [], set()
     for path in map(Path, paths):
-        found = sorted(filter(is_image, path.rglob("*"))) if path.is_dir() else [path]
+        found = find_images(path) if path.is_dir() else [path]
         if not found:
             errors.append(f"--predict {path}: no image in this folder")
         files += found
@@ -380,6 +380,20 @@ def enlarge(x, photo):
 def is_image(path):
     """Whether a path is named like an image file and not hidden (._photo.jpg is no photo)."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
+
+
+def find_images(folder):
+    """Image files in a folder and its folders, sorted; other files are counted on stderr.
+
+    Nothing hidden counts, nor what lies in a hidden folder.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [p for p in files if not any(x[0] == "." for x in p.relative_to(folder).parts)]
+    others = [path for path in files if not is_image(path)]
+    if others:
+        what = f"{len(others)} of {len(files)} files left out, as {others[0].name}"
+        print(f"{folder}: {what}: no images that can be read", file=sys.stderr)
+    return [path for path in files if is_image(path)]
 
 
 def _open(path, size=None, paper="white"):
@@ -583,7 +597,7 @@ def _pairs(name, root, split, masked=None):
 def _by_stem(folder):
     """{stem without _segmentation: path} of the image files in a folder."""
     found = {}
-    for path in sorted(filter(is_image, folder.glob("*"))):
+    for path in find_images(folder):
         stem = path.stem.removesuffix("_segmentation")
         if stem in found:
             raise DataError(f"{path}: another file here has this name too; rename or remove one")
@@ -667,10 +681,10 @@ def _class_folders(name, root, split):
     train, part = found
     for odd in sorted(set(train.classes) ^ set(part.classes)):
         raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
+    find_images(root / split)  # says how many files ImageFolder leaves out
     sources = [(Path(path), label) for path, label in part.samples]
     if split == "train":
-        files = sorted((root / "unlabelled").rglob("*"))
-        sources += [(path, -1) for path in files if is_image(path)]
+        sources += [(path, -1) for path in find_images(root / "unlabelled")]
     return sources, part.classes
 
 

@@ -144,6 +144,22 @@ def test_bad_data_gets_one_line(words, tmp_path):
         load(tmp_path / "root")
 
 
+def test_files_that_are_left_out_are_counted(tmp_path, capsys):
+    make_set(val := tmp_path / "set/val")
+    classes = class_folder(tmp_path / "classes")
+    (val / "images/deep").mkdir()
+    for path in (val / "images/x.heic", val / "images/deep/y.HEIC", classes / "train/a/z.heic"):
+        path.write_text("of a telephone")
+    for path in (val / "images/.DS_Store", val / "images/.hidden/d.jpg"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of a Mac")
+    (val / "images/c.jpg").rename(val / "images/deep/c.jpg")  # a folder in the folder is read
+    assert load(tmp_path / "set").ids == ["a", "b", "c"]
+    data.load_classification("folder", classes, "train", SIZE)
+    two, one = (line for line in capsys.readouterr().err.splitlines() if "left out" in line)
+    assert "images: 2 of 5 files" in two and "train: 1 of 13 files" in one
+
+
 def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     make_set(tmp_path / "set/val")
     first, seen, read = load(tmp_path / "set", images_only=True), [], data.read_image
