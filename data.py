@@ -12,6 +12,7 @@ Files out: flags that a checkpoint remembers, checkpoints, result.json, sheets o
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import http.client
 import itertools
@@ -392,8 +393,14 @@ def find_images(folder):
     others = [path for path in files if not is_image(path)]
     if others:
         what = f"{len(others)} of {len(files)} files left out, as {others[0].name}"
-        print(f"{folder}: {what}: no images that can be read", file=sys.stderr)
+        _say_once(f"{folder}: {what}: no images that can be read")
     return [path for path in files if is_image(path)]
+
+
+@functools.cache
+def _say_once(text):
+    """Print on stderr what a run would else say each time that it lists a folder."""
+    print(text, file=sys.stderr)
 
 
 def _open(path, size=None, paper="white"):

@@ -146,6 +146,11 @@ def overlap_metrics(pred, mask):
     return out | {"precision": ratio(inter, p), "recall": ratio(inter, m)}
 
 
+def thresholded_jaccard(iou):
+    """The ISIC challenge's score of IoUs (B,): those below 0.65 count as 0."""
+    return iou * (iou >= 0.65)
+
+
 def ambiguity(samples):
     """Variance of N binary masks (B, N, H, W) in each pixel, (B, H, W) in 0..0.25."""
     coherence = samples.float().mean(1)
@@ -392,7 +397,7 @@ def evaluate(nets, split, args):
         for row, margin in segment(nets, img, args).items():
             samples, variance = margin > 0, ambiguity(margin > 0)
             values = overlap_metrics(one_mask(margin), consensus(raters))
-            values["thresholded_jaccard"] = values["iou"] * (values["iou"] >= 0.65)  # ISIC's
+            values["thresholded_jaccard"] = thresholded_jaccard(values["iou"])
             values["ged"] = ged(samples, raters)
             if raters.shape[1] > 1:
                 values["correlation"] = correlation(variance, ambiguity(raters))

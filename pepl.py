@@ -487,6 +487,19 @@ def update_ema(ema, net, decay):
         old.copy_(new)
 
 
+def build(args, n_classes, pretrained):
+    """A network, its optimiser and the schedule of the learning rates."""
+    net = Classifier(args, n_classes, pretrained).train()
+    net = net.to(args.device, memory_format=torch.channels_last)
+    opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
+    opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
+
+    def rate(k):  # up over 100 steps, down along a cosine
+        return min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
+
+    return net, opt, torch.optim.lr_scheduler.LambdaLR(opt, rate)
+
+
 def try_step(args, n_classes):
     """Load weights, go forward and back on a full batch: what does not work fails at once."""
     net = Classifier(args, n_classes, args.pretrained).to(args.device)
@@ -511,16 +524,8 @@ def train(method, train_set, split, args, folder, mark):
     """
     torch.manual_seed(args.seed)
     b, n_classes, last = args.batch_size, len(train_set.classes), folder / f"last_{method}.pt"
-    net = Classifier(args, n_classes, args.pretrained).train()
-    net = net.to(args.device, memory_format=torch.channels_last)
+    net, opt, rates = build(args, n_classes, args.pretrained and not last.exists())
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
-    opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
-
-    def rate(k):  # up over 100 steps, down along a cosine
-        return min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
-
-    rates = torch.optim.lr_scheduler.LambdaLR(opt, rate)
     parts = {"net": net, "ema": ema, "opt": opt, "rates": rates}
     p = torch.full((n_classes,), 1 / n_classes)  # (C,)
     state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p}

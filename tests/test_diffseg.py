@@ -49,7 +49,9 @@ def test_overlap_metrics_by_hand_and_empty_masks():
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]).view(4, 1, 2, 2)
     expected = {"dice": [2 / 3, 1, 0, 6 / 7], "iou": [0.5, 1, 0, 0.75]}
     expected |= {"precision": [2 / 3, 1, 0, 0.75], "recall": [2 / 3, 1, 0, 1]}
-    for metric, found in diffseg.overlap_metrics(pred, mask).items():
+    metrics = diffseg.overlap_metrics(pred, mask)
+    assert diffseg.thresholded_jaccard(metrics["iou"]).tolist() == [0, 1, 0, 0.75]
+    for metric, found in metrics.items():
         assert found.tolist() == pytest.approx(expected[metric])
 
 
