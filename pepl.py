@@ -31,6 +31,7 @@ D6  Images that are not kept count as 0 in the mean of Eq. 7 and are left out of
 D7  FreeMatch is phase I for ever (without its fairness term), CutMix has areas for semantic shares.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
 D9  Labelled images are augmented as strongly as the others.
+D10 Phase II keeps the unmixed view beside the mix: alone it taught pretrained networks less.
 """
 
 import copy
@@ -120,8 +121,8 @@ class Target(NamedTuple):
 
     y_a: torch.Tensor  # (B,) int64
     y_b: torch.Tensor
-    rho_a: torch.Tensor | float  # (B,), or one number for all
-    rho_b: torch.Tensor | float
+    rho_a: torch.Tensor  # (B,) float
+    rho_b: torch.Tensor
 
 
 def cam(features, weight, y, size):
@@ -556,15 +557,18 @@ def train(method, train_set, split, args, folder, mark):
             kept = keep.any()
         if kept:  # the others teach nothing
             x_u, y, features = x_u[keep], y[keep], features[keep]
-            target_u = Target(y, y, 1.0, 0.0)
-            if method in MIXING and step >= args.mix_start * args.steps:
-                x_u, target_u = mix_batch(method, x_u, y, features, ema.head, args)
             x.append(strong_augment(x_u))
+            target_u = Target(y, y, torch.ones_like(q[keep, 0]), torch.zeros_like(q[keep, 0]))
+            if method in MIXING and step >= args.mix_start * args.steps:  # see D10
+                mix, mixed = mix_batch(method, x_u, y, features, ema.head, args)
+                x.append(strong_augment(mix))
+                target_u = Target(*map(torch.cat, zip(target_u, mixed, strict=True)))
         with autocast(args):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
         loss = F.cross_entropy(logits[:b], y_l)
         if kept:
-            loss = loss + hybrid_loss(logits[b:], target_u, args.mu * b)  # Eq. 8 [G], weights of 1
+            n = args.mu * b * (len(x) - 1)  # of one view or two
+            loss = loss + hybrid_loss(logits[b:], target_u, n)  # Eq. 8 [G], weights of 1
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
             raise DataError(f"{method}: loss is {loss:g} at step {step}: {todo}")
