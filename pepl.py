@@ -1,15 +1,15 @@
 """PEPL: semi-supervised fine-grained classification with CAM-refined pseudo-labels.
 
-Paper: PEPL, https://arxiv.org/abs/2409.03192. The idea in five lines: a few images are labelled;
-the network labels the others itself and learns from the labels it is sure of. First (phase I) as
-they are; later (phase II) a box of one image is pasted into another, and each of the two labels
-weighs as much as the class activation map says of its object is still to be seen, so that the
-label of the mix keeps the detail on which fine-grained classes differ.
+Paper: PEPL, https://arxiv.org/abs/2409.03192. The idea in five lines: each image shows one class,
+a few are labelled with theirs; the network labels the others itself and learns from the labels it
+is sure of. First (phase I) as they are; later (phase II) also with a box of one image pasted into
+another: each of the two labels weighs as much as the class activation map says of its object is
+still to be seen, so that it keeps the detail on which fine-grained classes differ.
 
-    image a --weak--> EMA net --> label a, map S_a --+-- box of b into a --strong--> net --> Q
-    image b --weak--> EMA net --> label b, map S_b --+-- rho_a, rho_b: share of S that is visible
-                         |
-                         +--> confidence >= tau_t(c)?      loss = rho_a CE(Q, a) + rho_b CE(Q, b)
+    image a ----------------weak--> EMA net --> class y_a, map S_a; kept if sure enough; so is b
+    image a --------------strong--> net --> Q   CE(Q, y_a)
+    a, a box of b in it --strong--> net --> Q'  rho_a CE(Q', y_a) + rho_b CE(Q', y_b)
+    rho_a: share of S_a outside the box in a; rho_b: share of S_b in the box that is cut from b
 
     python pepl.py                                        synthetic birds on a CPU, minutes
     python pepl.py --data folder --data-root mine --labels-per-class 4 --pretrained
@@ -23,7 +23,7 @@ Deviations from the paper (D), whose code is not public:
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
 D2  First the mix, then the strong augmentation: map and picture agree, whatever turns the picture.
 D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
-D4  Eqs. 3 and 4 start at means over 512 or more unlabelled images, not at 1/C, which would keep
+D4  Eqs. 3 and 4 start at means over some 512 unlabelled images, not at 1/C, which would keep
     every label for long; beta = 0.99, as training is short.
 D5  q gets the labelled images' class shares [ReMixMatch], for FixMatch too. They are then p in
     Eq. 5: with as many labels of each class all classes have the global threshold.
@@ -31,7 +31,8 @@ D6  Images that are not kept count as 0 in the mean of Eq. 7 and are left out of
 D7  FreeMatch is phase I for ever (without its fairness term), CutMix has areas for semantic shares.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
 D9  Labelled images are augmented as strongly as the others.
-D10 Phase II keeps the unmixed view beside the mix: alone it taught pretrained networks less.
+D10 Phase II sees an image in two views, the second mixed for --mix-share of the images: from the
+    mixes alone pretrained networks learned less.
 """
 
 import copy
@@ -93,7 +94,7 @@ def parse_args(argv=None):
     add("--stride", type=int, default=16, choices=[16, 32], help="px a cell of the maps; tiny: 6")
     add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
     add("--mix-start", type=share, default=0.6, help="share of steps before mixing starts")
-    add("--mix-share", type=share, default=0.5, help="share of images mixed from then on")
+    add("--mix-share", type=share, default=0.5, help="share of second views that are then mixed")
     add("--validate", action="store_true", help="to choose flags: a fifth of train is the test")
     if p.parse_args(argv).pretrained:
         p.set_defaults(arch="efficientnet_lite0")
@@ -200,7 +201,7 @@ def semantic_mix(x, maps, partner, box1, box2):
 
 
 def hybrid_loss(logits, target, n):
-    """Hybrid semantic loss of logits (B, C): a mean over n images, those not kept count as 0."""
+    """Hybrid semantic loss of logits (B, C): a mean over n views, those not kept count as 0."""
     loss = target.rho_a * F.cross_entropy(logits, target.y_a, reduction="none")
     loss = loss + target.rho_b * F.cross_entropy(logits, target.y_b, reduction="none")
     return loss.sum() / n  # Eq. 7 [G]
@@ -292,7 +293,7 @@ class Classifier(nn.Module):
         self.frozen = args.freeze + 1 if args.freeze else 0
         self.backbone[: self.frozen].requires_grad_(False)
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
-        if args.arch == "efficientnet_lite0":  # was trained on [-1, 1]
+        if args.arch == "efficientnet_lite0":
             mean, std = [0.5] * 3, [0.5] * 3
         self.normalise = torchvision.transforms.Normalize(mean, std)
         for module in self.backbone.modules():
@@ -464,7 +465,7 @@ def pseudo_label(method, q, tau, p, prior):
 
 
 def mix_batch(method, x, y, features, head, args):
-    """Phase II: mix a share of x (B, 3, H, W), labels y (B,), with one another: (mix, its Target).
+    """Phase II: mix a share of x (B, 3, H, W), labels y (B,), with one another: (views, Target).
 
     features (B, K, h, w) and head: of the network that gave the labels.
     """
@@ -504,7 +505,8 @@ def build(args, n_classes, pretrained):
 def try_step(args, n_classes):
     """Load weights, go forward and back on a full batch: what does not work fails at once."""
     net = Classifier(args, n_classes, args.pretrained).to(args.device)
-    n = args.batch_size * (1 if args.method == ["supervised"] else 1 + args.mu)
+    views = max((m != "supervised") + (m in MIXING) for m in args.method)
+    n = args.batch_size * (1 + views * args.mu)
     with autocast(args):
         logits, _ = net(torch.zeros(n, 3, *args.size, device=args.device))
     logits.sum().backward()
@@ -567,7 +569,7 @@ def train(method, train_set, split, args, folder, mark):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
         loss = F.cross_entropy(logits[:b], y_l)
         if kept:
-            n = args.mu * b * (len(x) - 1)  # of one view or two
+            n = args.mu * b * (len(x) - 1)  # unlabelled views: one an image, in phase II two
             loss = loss + hybrid_loss(logits[b:], target_u, n)  # Eq. 8 [G], weights of 1
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
