@@ -58,7 +58,7 @@ SUMMARY = [
         "pepl_cub100_seed*.json",
         ("pepl", "supervised", None),
         "accuracy",
-        "mixes add nothing",
+        "mixing: no gain",
     ),
     (
         "Caudo-Diff",
