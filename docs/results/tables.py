@@ -58,7 +58,7 @@ SUMMARY = [
         "pepl_cub100_seed*.json",
         ("pepl", "supervised", None),
         "accuracy",
-        "mixing: no gain",
+        "mixing",
     ),
     (
         "Caudo-Diff",
