@@ -568,9 +568,8 @@ def train(method, train_set, split, args, folder, mark):
         with autocast(args):
             logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
         loss = F.cross_entropy(logits[:b], y_l)
-        if kept:
-            n = args.mu * b * (len(x) - 1)  # unlabelled views: one an image, in phase II two
-            loss = loss + hybrid_loss(logits[b:], target_u, n)  # Eq. 8 [G], weights of 1
+        if kept:  # an image has one view, in phase II two; both weights of Eq. 8 are 1
+            loss = loss + hybrid_loss(logits[b:], target_u, args.mu * b * (len(x) - 1))  # Eq. 8 [G]
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
             raise DataError(f"{method}: loss is {loss:g} at step {step}: {todo}")
