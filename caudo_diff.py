@@ -28,9 +28,11 @@ D1  "Guided" is: classifier-free guidance (Eq. 7) by pixels, label and the featu
 D2  t* = 400 of 1000 by four steps of DDIM inversion: inexact, but nothing need come back as it was.
 D3  The denoiser learns from the segmenter's errors on strongly changed views, half of them made
     worse: its errors on the pairs it was trained with are too small.
-D4  Only the first round calibrates: the denoiser knows the first segmenter's errors alone.
-D5  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5); from round 2 on by 1.
-D6  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
+D4  An image is labelled and calibrated at five sizes, as the exemplar tells of objects of its own
+    size; the label counts that calibration changes least. (Not with --anatomy.)
+D5  Only the first round calibrates: the denoiser knows the first segmenter's errors alone.
+D6  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5); from round 2 on by 1.
+D7  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
     chosen with training and validation masks, never on test: so that is not quite one-shot.
 """
 
@@ -53,6 +55,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.ops.misc import Conv2dNormActivation
+from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 import data
@@ -65,6 +68,7 @@ TIMES = [0, 100, 200, 300, 400]  # of DDIM inversion, up to t*; calibration take
 KAPPA = 4.0  # weight of each image's own colour edges (ours)
 GUIDANCE = 0.8  # weight w of classifier-free guidance; below 1 trusts the prior of shapes (ours)
 FACTOR, LATENT = 4, 8  # pixels per latent, a side, and a latent's channels (ours)
+SIZES = (1, 1.5, 2 / 3, 1 / 2, 1 / 3)  # of an image, at which it is labelled and calibrated (ours)
 GUIDES = (4, 8, 16)  # strides of a pretrained encoder whose features guide the diffusion (ours)
 POOL = 600  # at most so many images are labelled in a round, to bound its time (ours)
 ROWS = ["exemplar_copied", "exemplar_only", "self_training"]
@@ -432,18 +436,38 @@ def calibrate(ctx, img, p0):
         return torch.cat([ae.decode(z).sigmoid() for z in way], 1)
 
 
-def label(ctx, method, r, images):
-    """Steps 2, 3, 5: labels of up to POOL images in round r: indices, p0 and p1 (n, 1, H, W).
+def label_sizes(ctx, img):
+    """Steps 2, 3, 5 of images uint8 (B, 3, H, W): label and its way to p1, (B, 1 + TIMES, H, W).
 
-    p0 is by the segmenter of the round before; p1 = p0 unless Caudo-Diff calibrates, in round 1.
+    The exemplar tells of objects of its own size. So each image is seen at several sizes, and the
+    label counts that calibration changes least: there the object looks as it is expected.
+    """
+    least = 32 if ctx.encoder.layers else 16  # a pretrained encoder divides by up to 32
+    ways, agreements = [], []
+    for factor in [1] if ctx.args.anatomy else SIZES:
+        resized = resize(img, [max(least, round(n * factor / 8) * 8) for n in img.shape[2:]])
+        p0 = segment(ctx, "exemplar", resized)
+        way = torch.cat([p0, calibrate(ctx, resized, p0)], 1)
+        ways.append(F.interpolate(way, img.shape[2:], mode="bilinear"))
+        agreement = overlap_metrics(p0 > 0.5, way[:, -1:] > 0.5)["dice"]  # (B,)
+        agreements.append(agreement * p0.flatten(1).amax(1).round())  # 0 where nothing is found
+    best = torch.stack(agreements).argmax(0)  # (B,)
+    return torch.stack(ways)[best, torch.arange(len(img))]
+
+
+def label(ctx, method, r, images):
+    """Labels of up to POOL images in round r: indices, p0 and p1 (n, 1, H, W).
+
+    They are by the segmenter of the round before; only Caudo-Diff calibrates, in round 1.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ctx.args.seed + r))
     index = order[:POOL]  # drawn anew in every round
-    before = "exemplar" if r == 1 else f"{method}_{r - 1}"
-    p0 = p1 = batched(partial(segment, ctx, before), images[index])
     if method == "caudo_diff" and r == 1:
-        p1 = batched(partial(calibrate, ctx), images[index], p0)[:, -1:]
-    return index, p0, p1
+        way = batched(partial(label_sizes, ctx), images[index])
+        return index, way[:, :1], way[:, -1:]
+    before = "exemplar" if r == 1 else f"{method}_{r - 1}"
+    p = batched(partial(segment, ctx, before), images[index])
+    return index, p, p
 
 
 def crf_refine(p, img):
@@ -508,10 +532,8 @@ def draw_calibration(ctx, test, pred, path):
     picks += [("median", i) for i in order[half : half + 2]]
     picks += [("worst", i) for i in order[-2:]]
     for name, i in picks:
-        photo, p0 = test.images[i], segment(ctx, "exemplar", test.images[i, None])
-        way = calibrate(ctx, photo[None], p0)
-        maps = torch.cat([p0, way[:, [0, 2, -1]]], 1)[0].cpu()  # (4, H, W)
-        maps = torch.cat([maps, pred[i].float()])  # (5, H, W)
+        photo, way = test.images[i], label_sizes(ctx, test.images[i, None])[0].cpu()
+        maps = torch.cat([way[[0, 1, 3, -1]], pred[i].float()])  # (5, H, W)
         dice = overlap_metrics(maps[:, None] > 0.5, truth[i, None])["dice"]
         photo = photo.permute(1, 2, 0).numpy()
         pictures = [data.outline(photo, truth[i, 0]), *(data.colour_map(p) for p in maps[:4])]
@@ -881,9 +903,11 @@ def run(args):
     data.print_table(rows)
     more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}
     if labelled:
-        index, p0, p1 = label(ctx, "caudo_diff", 1, images)
+        index, first, _ = label(ctx, "self_training", 1, images)
+        _, p0, p1 = label(ctx, "caudo_diff", 1, images)
+        labels = {"initial": first, "at_the_best_size": p0, "calibrated": p1}
         truth = consensus(labelled.masks[others])[index]
-        labels = {"initial": means(p0 > 0.5, truth), "calibrated": means(p1 > 0.5, truth)}
+        labels = {name: means(p > 0.5, truth) for name, p in labels.items()}
         more["pseudo_labels"] = labels
         print("\nPseudo-labels of the first round:")
         data.print_table(labels)

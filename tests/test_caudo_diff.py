@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,23 @@ def test_reliability_is_high_where_labels_agree_and_are_sure():
     w = caudo_diff.reliability(p0, p1, power=2).flatten(1)
     assert w[0].tolist() == pytest.approx([1, 0.75 * 0.5, 1, 0])
     assert w[1].tolist() == pytest.approx([0.25, 0, 0, 0.25])  # Dice of the masks 1/2, squared
+
+
+def test_the_label_that_calibration_changes_least_counts(monkeypatch):
+    def dark(ctx, stage, img):
+        return (img[:, :1] < 128).float()
+
+    def calibrate(ctx, img, p0):  # moves all but what is 32 px wide, half of the image's width
+        return p0 if img.shape[3] == 32 else p0.roll(8, 3)
+
+    monkeypatch.setattr(caudo_diff, "segment", dark)
+    monkeypatch.setattr(caudo_diff, "calibrate", calibrate)
+    img = torch.full((2, 3, 48, 64), 255, dtype=torch.uint8)
+    img[0, :, 16:32, 16:32] = 0  # in the other image nothing is found, at any size
+    args, encoder = SimpleNamespace(anatomy=False), SimpleNamespace(layers=[])
+    ctx = SimpleNamespace(args=args, encoder=encoder)
+    way = caudo_diff.label_sizes(ctx, img)
+    torch.testing.assert_close((way[:, -1:] > 0.5).float(), dark(ctx, "exemplar", img))
 
 
 def test_other_masks_are_never_read_in_training(tmp_path):
