@@ -3,7 +3,8 @@
 Paper: Caudo-Diff, Pattern Recognition 170, 112007, 2025; only its abstract is public. The idea:
 one image is labelled, the exemplar. A segmenter trained on variations of it labels the others,
 badly. A deterministic diffusion in a latent space of masks, guided by each image, calibrates these
-labels. The segmenter learns from them, most where label and calibrated label agree, and again.
+labels, at several sizes of the image. The segmenter learns from them, most where label and
+calibrated label agree, and labels again.
 
     exemplar --> 1 Expansion --> 2 Segmenter f ------> labels p0 of the unlabelled images
                      |                  ^                          |
@@ -28,9 +29,10 @@ D1  "Guided" is: classifier-free guidance (Eq. 7) by pixels, label and the featu
 D2  t* = 400 of 1000 by four steps of DDIM inversion: inexact, but nothing need come back as it was.
 D3  The denoiser learns from the segmenter's errors on strongly changed views, half of them made
     worse: its errors on the pairs it was trained with are too small.
-D4  An image is labelled and calibrated at five sizes, as the exemplar tells of objects of its own
-    size; the label counts that calibration changes least. (Not with --anatomy.)
-D5  Only the first round calibrates: the denoiser knows the first segmenter's errors alone.
+D4  In the first round an image is labelled and calibrated at five sizes, as objects differ more in
+    size than variations of one exemplar; the label counts that calibration changes least. (Not
+    with --anatomy; self-training has one size.)
+D5  Later rounds do not calibrate: the denoiser knows the first segmenter's errors alone.
 D6  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5); from round 2 on by 1.
 D7  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
     chosen with training and validation masks, never on test: so that is not quite one-shot.
@@ -117,7 +119,7 @@ def ddim_step(zt, x0_hat, t, t_next):
     """One deterministic DDIM step of latents zt (B, C, h, w) from t up or down to t_next, ints."""
     a, a_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
     eps_hat = (zt - math.sqrt(a) * x0_hat) / math.sqrt(1 - a)
-    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 [O]
+    return math.sqrt(a_next) * x0_hat + math.sqrt(1 - a_next) * eps_hat  # Eq. 2 [G]
 
 
 def opponent(x):
@@ -170,11 +172,11 @@ def guide(x, p, features):
     return torch.cat(parts, 1).float()
 
 
-def reliability(p0, p1, power=6):
+def reliability(p0, p1):
     """Weight (B, 1, H, W) in [0, 1] of labels p1: sure, and agreed with p0, of the same shape."""
     # A whole image counts by its Dice: where calibration changes much, both are wrong more often.
     agreement = overlap_metrics(p0 > 0.5, p1 > 0.5)["dice"].view(-1, 1, 1, 1)
-    return agreement**power * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 [O]
+    return agreement**6 * (1 - (p0 - p1).abs()) * (2 * p1 - 1).abs()  # Eq. 5 [O]
 
 
 def overlap_metrics(pred, mask):
@@ -204,7 +206,7 @@ class Block(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # each block starts as its skip
+        nn.init.zeros_(self.conv2.weight)  # a block starts near its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -372,7 +374,7 @@ class Denoiser(nn.Module):
         v = self.head(F.silu(self.norm(h))).float()
         a = ALPHA_BAR.to(zt.device)[t][:, None, None, None]
         # ours: by v, x0_hat tends to zt as t goes to 0, where inversion starts
-        return a.sqrt() * zt - (1 - a).sqrt() * v  # Eq. 6 [O]
+        return a.sqrt() * zt - (1 - a).sqrt() * v  # Eq. 6 [G]
 
 
 # ==================================================================================================
@@ -396,9 +398,9 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
 
 
-def batched(function, *tensors, size=64):
+def batched(function, *tensors):
     """Apply function to chunks of tensors (N, ...); its outputs, concatenated on the CPU."""
-    chunks = zip(*(x.split(size) for x in tensors), strict=True)
+    chunks = zip(*(x.split(64) for x in tensors), strict=True)
     return torch.cat([function(*chunk).cpu() for chunk in chunks])
 
 
@@ -428,7 +430,7 @@ def calibrate(ctx, img, p0):
             z = ddim_step(z, g(z, t, unguided), t, t_next)
         way = [z]
         for t, t_next in itertools.pairwise(TIMES[::-1]):  # and down
-            x0_hat = torch.lerp(g(z, t, unguided), g(z, t, c), GUIDANCE)  # Eq. 7 [O]
+            x0_hat = torch.lerp(g(z, t, unguided), g(z, t, c), GUIDANCE)  # Eq. 7 [G]
             if not ctx.args.anatomy:
                 x0_hat = ae.encode(follow_image(x, ae.decode(x0_hat)))
             z = ddim_step(z, x0_hat, t, t_next)
@@ -437,20 +439,22 @@ def calibrate(ctx, img, p0):
 
 
 def label_sizes(ctx, img):
-    """Steps 2, 3, 5 of images uint8 (B, 3, H, W): label and its way to p1, (B, 1 + TIMES, H, W).
+    """Steps 2, 3, 5 of images uint8 (B, 3, H, W): p0 and its way to p1, (B, 1 + len(TIMES), H, W).
 
-    The exemplar tells of objects of its own size. So each image is seen at several sizes, and the
-    label counts that calibration changes least: there the object looks as it is expected.
+    Objects differ more in size than variations of one exemplar. So each image is seen at several
+    sizes, and the label counts that calibration changes least: there it is what is expected.
     """
-    least = 32 if ctx.encoder.layers else 16  # a pretrained encoder divides by up to 32
-    ways, agreements = [], []
-    for factor in [1] if ctx.args.anatomy else SIZES:
-        resized = resize(img, [max(least, round(n * factor / 8) * 8) for n in img.shape[2:]])
+    size, ways, agreements = img.shape[2:], [], []
+    sizes = [[round(side * factor / 8) * 8 for side in size] for factor in SIZES]
+    least = 32 if ctx.encoder.layers else 16  # pixels a side; pretrained encoders divide by 32
+    sizes = [size] if ctx.args.anatomy else [s for s in sizes if s == [*size] or min(s) >= least]
+    for sides in sizes:
+        resized = resize(img, sides)
         p0 = segment(ctx, "exemplar", resized)
         way = torch.cat([p0, calibrate(ctx, resized, p0)], 1)
-        ways.append(F.interpolate(way, img.shape[2:], mode="bilinear"))
+        ways.append(F.interpolate(way, size, mode="bilinear"))
         agreement = overlap_metrics(p0 > 0.5, way[:, -1:] > 0.5)["dice"]  # (B,)
-        agreements.append(agreement * p0.flatten(1).amax(1).round())  # 0 where nothing is found
+        agreements.append(agreement * (p0 > 0.5).flatten(1).any(1))  # 0 where nothing is found
     best = torch.stack(agreements).argmax(0)  # (B,)
     return torch.stack(ways)[best, torch.arange(len(img))]
 
@@ -463,8 +467,8 @@ def label(ctx, method, r, images):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ctx.args.seed + r))
     index = order[:POOL]  # drawn anew in every round
     if method == "caudo_diff" and r == 1:
-        way = batched(partial(label_sizes, ctx), images[index])
-        return index, way[:, :1], way[:, -1:]
+        p0, p1 = batched(lambda img: label_sizes(ctx, img)[:, [0, -1]], images[index]).split(1, 1)
+        return index, p0, p1
     before = "exemplar" if r == 1 else f"{method}_{r - 1}"
     p = batched(partial(segment, ctx, before), images[index])
     return index, p, p
@@ -584,7 +588,7 @@ class Expansion:
         """Turned, squeezed, elastic copies magnified by scale (n,): images, masks (n, C, H, W)."""
         n, (h, w) = len(scale), self.img.shape[2:]
         turn = self.turn * (2 * torch.rand(n) - 1)
-        flip = torch.randint(0, 2, (n,)) * 2 - 1  # mirrored or not
+        flip = torch.randint(0, 2, (n,)) * 2 - 1 if self.flips else 1  # mirrored or not
         squeeze = torch.exp(0.2 * torch.randn(n))  # narrower and higher by 22 % (deviation)
         cos, sin, ratio = turn.cos() / scale, turn.sin() / scale, w / h
         rows = [cos * squeeze * flip, -sin / ratio / squeeze, sin * ratio * squeeze * flip]
@@ -905,7 +909,8 @@ def run(args):
     if labelled:
         index, first, _ = label(ctx, "self_training", 1, images)
         _, p0, p1 = label(ctx, "caudo_diff", 1, images)
-        labels = {"initial": first, "at_the_best_size": p0, "calibrated": p1}
+        labels = {"initial": first} | ({} if args.anatomy else {"at_the_best_size": p0})
+        labels["calibrated"] = p1
         truth = consensus(labelled.masks[others])[index]
         labels = {name: means(p > 0.5, truth) for name, p in labels.items()}
         more["pseudo_labels"] = labels

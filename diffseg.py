@@ -204,7 +204,7 @@ class Block(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # each block starts as its skip
+        nn.init.zeros_(self.conv2.weight)  # a block starts near its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))

@@ -52,6 +52,7 @@ def test_contrast_map_finds_what_half_a_mask_marks():
 @pytest.mark.parametrize("flags", [["--anatomy"], []])
 def test_expansion_of_anatomy_leaves_it_in_its_place(flags):
     args, images = caudo_diff.parse_args(flags), torch.randint(0, 256, (4, 3, 48, 64)).byte()
+    images[0, :, :, :32], images[0, :, :, 32:] = 50, 200
     mask = torch.zeros(1, 48, 64, dtype=torch.bool)
     mask[:, 12:36, 20:44] = True
     torch.manual_seed(0)
@@ -60,14 +61,16 @@ def test_expansion_of_anatomy_leaves_it_in_its_place(flags):
     assert m.shape == (32, 1, 48, 64) and m.unique().tolist() == [0, 1]
     dice = caudo_diff.overlap_metrics(m > 0.5, mask.expand_as(m))["dice"]
     assert (dice > 0.15).all() == bool(flags)
+    left, right = (half.mean((1, 2, 3)) for half in (x[..., :24], x[..., 40:]))
+    assert (left < right).all() == bool(flags)  # nothing is mirrored
 
 
 def test_reliability_is_high_where_labels_agree_and_are_sure():
     p0 = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]).view(2, 1, 2, 2)
     p1 = torch.tensor([[1.0, 0.75, 0.0, 0.5], [1.0, 0.0, 1.0, 0.0]]).view(2, 1, 2, 2)
-    w = caudo_diff.reliability(p0, p1, power=2).flatten(1)
+    w = caudo_diff.reliability(p0, p1).flatten(1)
     assert w[0].tolist() == pytest.approx([1, 0.75 * 0.5, 1, 0])
-    assert w[1].tolist() == pytest.approx([0.25, 0, 0, 0.25])  # Dice of the masks 1/2, squared
+    assert w[1].tolist() == pytest.approx([1 / 64, 0, 0, 1 / 64])  # Dice of the masks 1/2
 
 
 def test_the_label_that_calibration_changes_least_counts(monkeypatch):
