@@ -67,7 +67,7 @@ SUMMARY = [
         "caudo_diff_isic2018_*.json",
         ("caudo_diff", "self_training", "full_supervision"),
         "dice",
-        "chest X-rays, patches",
+        "chest X-rays, ink",
     ),
 ]
 
