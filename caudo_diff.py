@@ -391,6 +391,7 @@ class Context(NamedTuple):
     encoder: nn.Module  # frozen, or {1: x}
     nets: dict  # {stage: network}, of the finished stages
     seconds: dict  # {stage: seconds}
+    labels: dict  # {method: what label returned in round 1}
 
 
 def autocast(args):
@@ -464,14 +465,18 @@ def label(ctx, method, r, images):
 
     They are by the segmenter of the round before; only Caudo-Diff calibrates, in round 1.
     """
+    if r == 1 and method in ctx.labels:
+        return ctx.labels[method]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ctx.args.seed + r))
     index = order[:POOL]  # drawn anew in every round
     if method == "caudo_diff" and r == 1:
         p0, p1 = batched(lambda img: label_sizes(ctx, img)[:, [0, -1]], images[index]).split(1, 1)
-        return index, p0, p1
-    before = "exemplar" if r == 1 else f"{method}_{r - 1}"
-    p = batched(partial(segment, ctx, before), images[index])
-    return index, p, p
+    else:
+        before = "exemplar" if r == 1 else f"{method}_{r - 1}"
+        p0 = p1 = batched(partial(segment, ctx, before), images[index])
+    if r == 1:
+        ctx.labels[method] = index, p0, p1  # for the table of pseudo-labels too
+    return index, p0, p1
 
 
 def crf_refine(p, img):
@@ -865,7 +870,7 @@ def load_run(args, folder, mark=None):
     state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, mark)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
-    ctx = Context(args, folder, mark, encoder, {}, state["seconds"])
+    ctx = Context(args, folder, mark, encoder, {}, state["seconds"], {})
     for stage, weights in state["nets"].items():
         ctx.nets[stage] = build(ctx, stage).eval()
         ctx.nets[stage].load_state_dict(weights)
@@ -896,7 +901,7 @@ def run(args):
         encoder = Encoder(args.encoder, args.size).to(args.device)
         if not args.resume:
             data.fresh_folder(folder)
-        ctx = Context(args, folder, mark, encoder, {}, {})
+        ctx = Context(args, folder, mark, encoder, {}, {}, {})
         expansion = Expansion(train_set.images[i], mask, images, args)
         draw_expansion(expansion, folder / "figures" / "expansion.png")
         train_all(ctx, expansion, labelled)
@@ -909,8 +914,9 @@ def run(args):
     if labelled:
         index, first, _ = label(ctx, "self_training", 1, images)
         _, p0, p1 = label(ctx, "caudo_diff", 1, images)
-        labels = {"initial": first} | ({} if args.anatomy else {"at_the_best_size": p0})
-        labels["calibrated"] = p1
+        labels = {"initial": first, "at_the_best_size": p0, "calibrated": p1}
+        if args.anatomy:  # images are labelled at one size: that row would equal the first
+            del labels["at_the_best_size"]
         truth = consensus(labelled.masks[others])[index]
         labels = {name: means(p > 0.5, truth) for name, p in labels.items()}
         more["pseudo_labels"] = labels
