@@ -49,6 +49,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 from tqdm import tqdm
 
@@ -588,6 +589,16 @@ class Tiles:
         )
 
 
+def in_parts(net, x, t, y, args):
+    """net(x, t, y) for training. Large images go in parts, of each of which backward computes the
+    activations again: 24 images of 512 x 384 px would take 12 GB to keep them all."""
+    n = 8 * chunk(args)
+    if len(x) <= n:
+        return net(x, t, y)
+    parts = zip(x.split(n), t.split(n), y.split(n), strict=True)
+    return torch.cat([checkpoint(net, *part, use_reentrant=False) for part in parts])
+
+
 def reconstruction_loss(x0_hat, batch):
     """Squared error where the target is known; its mean is over all pixels, known or not, so that
     images that tell little weigh little."""
@@ -606,7 +617,8 @@ def diffseg_loss(net, tiles, args):
     batch = tiles.batch(args.batch_size)
     t = torch.randint(T_TRAIN[0], T_TRAIN[1] + 1, batch.y.shape).to(batch.y.device)
     with autocast(args):
-        out = net(add_noise(batch.x, t, torch.randn_like(batch.x)), t, batch.y)  # (B, 4, H, W)
+        xt = add_noise(batch.x, t, torch.randn_like(batch.x))
+        out = in_parts(net, xt, t, batch.y, args)  # (B, 4, H, W)
     x0_hat, logits = out[:, :3], out[:, 3:]
     return reconstruction_loss(x0_hat, batch) + 0.5 * blend_loss(logits, batch)  # 0.5: ours
 
@@ -626,7 +638,7 @@ def unet_loss(net, images, masks, args, nested=1):
     x, mask = F.avg_pool2d(img, 2) * 2 - 1, (F.avg_pool2d(mask, 2) >= 0.5).float()
     zero = torch.zeros(len(x), dtype=torch.long, device=x.device)
     with autocast(args):
-        logits = net(x, zero, zero)  # (B, 1, H, W)
+        logits = in_parts(net, x, zero, zero, args)  # (B, 1, H, W)
     p = logits.sigmoid()
     overlap = (2 * (p * mask).sum((1, 2, 3)) + 1) / (p.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)
     return F.binary_cross_entropy_with_logits(logits, mask) + 1 - overlap.mean()

@@ -108,6 +108,17 @@ def test_thresholds_have_the_best_dice_and_their_spread_the_lowest_ged(monkeypat
         assert (thresholds.max() > thresholds.min()) == wide
 
 
+def test_large_images_in_parts_have_the_same_gradients():
+    args = diffseg.parse_args(["--size", "4096", "--width", "16"])  # large: parts of 8 images
+    net, x = diffseg.build("diffseg", args).eval(), 2 * random(10, 3, 16, 16) - 1
+    torch.nn.init.normal_(net.head[-1].weight)
+    t, y = torch.arange(10), torch.arange(10) % 2
+    grads = []
+    for out in (net(x, t, y), diffseg.in_parts(net, x, t, y, args)):
+        grads.append(torch.autograd.grad(out.square().mean(), list(net.parameters())))
+    assert all(torch.allclose(a, b, 1e-4, 1e-4) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize(("size", "width"), [((24, 64), 5.0), ((16, 128), 10.0)])
 def test_crfs_share_one_lattice_equal_crf_py_and_follow_the_size(size, width, monkeypatch):
     args = diffseg.parse_args(["--size", f"{size[1]}x{size[0]}"])
