@@ -442,8 +442,7 @@ def calibrate(ctx, img, p0):
 def label_sizes(ctx, img):
     """Steps 2, 3, 5 of images uint8 (B, 3, H, W): p0 and its way to p1, (B, 1 + len(TIMES), H, W).
 
-    Objects differ more in size than variations of one exemplar. So each image is seen at several
-    sizes, and the label counts that calibration changes least: there it is what is expected.
+    Of the labels at several sizes of an image that counts which calibration changes least (D4).
     """
     size, ways, agreements = img.shape[2:], [], []
     sizes = [[round(side * factor / 8) * 8 for side in size] for factor in SIZES]
@@ -669,7 +668,7 @@ def corrupt(p):
     """Give masks or predictions p (B, 1, H, W) in [0, 1] the errors of a bad segmenter."""
     b, size, blur = len(p), p.shape[2:], nn.AvgPool2d(7, 1, 3, count_include_pad=False)
     # The border is a slope 13 px wide now, from level 1 inside over 0 to -1. A shift of the level
-    # moves it: evenly, and in 4 and 8 waves a side.
+    # moves it: evenly by up to 3 px; in 4 and 8 waves a side by up to 3 and 2 px (one deviation).
     shift = uniform(-0.7, 0.7, b) + uniform(0, 0.6, b) * field(b, 4, size)
     shift = shift + uniform(0, 0.45, b) * field(b, 8, size)
     level = 2 * blur(blur(p)) - 1 + shift.to(p)
@@ -884,7 +883,7 @@ def run(args):
         return predict(load_run(args, folder), folder / "predictions")
     more = {"limit": 24 if args.quick else None, "workers": args.num_workers}
     load = partial(data.load_segmentation, args.data, root, size=args.size, **more)
-    train_set, test = load("train", images_only=True), load("test")
+    train_set, test = load("train", images_only=not args.compare), load("test")
     i = choose_exemplar(train_set, args.exemplar)
     exemplar, others = train_set.ids[i], [k for k in range(len(train_set)) if k != i]
     if not others:
@@ -892,15 +891,15 @@ def run(args):
     mask = data.load_mask(args.data, root, "train", exemplar, args.size)  # (1, H, W)
     if mask.all():
         raise DataError(f"--exemplar {exemplar}: its mask covers the whole image; name another")
-    labelled = load("train") if args.compare else None  # for the ceiling and the table alone
+    labelled = train_set if args.compare else None  # for the ceiling and the table alone
     images = train_set.images[others]
-    mark = data.fingerprint((labelled or train_set).listing, exemplar, mask.tolist())
+    mark = data.fingerprint(train_set.listing, test.listing, exemplar, mask.tolist())
     if args.eval_only:
         ctx = load_run(args, folder, mark)
     else:
         encoder = Encoder(args.encoder, args.size).to(args.device)
         if not args.resume:
-            data.fresh_folder(folder)
+            data.fresh_folder(folder, args)
         ctx = Context(args, folder, mark, encoder, {}, {}, {})
         expansion = Expansion(train_set.images[i], mask, images, args)
         draw_expansion(expansion, folder / "figures" / "expansion.png")

@@ -22,6 +22,7 @@ import os
 import shlex
 import shutil
 import sys
+import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -74,9 +75,7 @@ def number(low, high=math.inf, kind=float):
     return parse
 
 
-def whole(low, high=math.inf):
-    """argparse type: a whole number from low to high."""
-    return number(low, high, int)
+whole = functools.partial(number, kind=int)  # argparse type: a whole number from low to high
 
 
 def parse_size(text):
@@ -99,6 +98,11 @@ def parse_device(text):
     return text
 
 
+def _absolute(text):
+    """argparse type: a path that means the same from every directory."""
+    return str(Path(text).resolve())
+
+
 def bf16_is_fast(device):
     """Whether the device computes in bfloat16 itself and does not only emulate it."""
     if device.startswith("cuda"):
@@ -112,7 +116,8 @@ def make_parser(script, doc):
     parser = argparse.ArgumentParser(script, description=doc.split("\n")[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
-    add("--data-root", default="data", help="folder that holds, or will receive, the data set")
+    where = "folder that holds, or will receive, the data set"
+    add("--data-root", type=_absolute, default="data", help=where)
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all that is drawn at random")
     add("--device", type=parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", choices=["on", "off"], help="bf16 autocast [on where it is fast]")
@@ -148,7 +153,10 @@ def parse_flags(parser, argv, method):
         path = found[0]
     elif not (args.eval_only or args.predict):
         return args
-    saved = load_checkpoint(path, method)["args"]
+    saved = load_checkpoint(path, method)
+    if "nets" not in saved and not args.resume:
+        raise DataError(f"{path} is of an unfinished run; name its best.pt, or go on by --resume")
+    saved = saved["args"]
     kept = {name: value for name, value in saved.items() if name not in FREE}
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
@@ -167,15 +175,22 @@ def run_folder(method, args):
     """The folder of a run: OUT/method/DATA/seedK; that of --checkpoint for --eval-only."""
     if args.eval_only and args.checkpoint:
         return Path(args.checkpoint).parent
-    data = Path(args.data_root).resolve().name if args.data == "folder" else args.data
+    data = Path(args.data_root).name if args.data == "folder" else args.data
     parts = [f"seed{args.seed}", getattr(args, "exemplar", ""), "quick" * args.quick]
     parts.append("validate" * getattr(args, "validate", False))
     return Path(args.out, method, data, "-".join(filter(None, parts)).replace(":", ""))
 
 
-def fresh_folder(folder):
-    """Make the folder of a run; an earlier run's checkpoints and tables in it are removed."""
+def fresh_folder(folder, args):
+    """Make the folder of a run; an earlier run's checkpoints and tables in it are removed.
+
+    Raises DataError if that was of another data set in a folder of the same name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    note, source = folder / "data.txt", args.data_root if args.data == "folder" else args.data
+    if note.exists() and note.read_text() != source:
+        raise DataError(f"{folder} has a run of {note.read_text()}, which would go; give an --out")
+    note.write_text(source)
     for file in folder.iterdir():
         if file.suffix in (".pt", ".csv", ".json"):
             file.unlink()
@@ -249,7 +264,7 @@ def load_checkpoint(path, method, data=None):
     if not isinstance(state, dict) or state.get("method") != method:
         raise DataError(f"{path} is a checkpoint of something else, not of {method}")
     if data not in (None, state["data"]):
-        raise DataError(f"{path}: the training data changed since; train again without --resume")
+        raise DataError(f"{path}: the data changed since; train again without --resume")
     return state
 
 
@@ -348,6 +363,7 @@ def images_to_predict(paths, size):
     files, errors, names = [], [], set()
     for path in map(Path, paths):
         found = find_images(path) if path.is_dir() else [path]
+        found = [file for file in found if "predictions" not in file.relative_to(path).parts]
         if not found:
             errors.append(f"--predict {path}: no image in this folder")
         files += found
@@ -456,7 +472,7 @@ def read_mask(path, image, size=None):
     # Class labels are small numbers; a third class is a flat grey or another colour.
     third = flat.sum() > 0.01 * level.size or max(spread) > 0.1 * top
     if 2 <= top < 32 or third or mid.mean() > 0.1:
-        raise DataError(f"{path}: a mask with more than two values; save it as 0 and 255")
+        raise DataError(f"{path}: not a mask of two values on black; save it as 0 and 255")
     img = Image.fromarray((level > top / 2).astype(np.uint8) * 255)
     img = img.resize((size[1], size[0]), Image.Resampling.BOX) if size else img
     return torch.from_numpy((np.asarray(img) >= 128).astype(np.uint8))[None]  # (1, H, W)
@@ -469,8 +485,8 @@ def read_mask(path, image, size=None):
 
 def _existing(root):
     """root as a path; one that is neither there nor the default is a typo: nothing is fetched."""
-    root = Path(root)
-    if not root.is_dir() and root != Path("data"):
+    root = Path(root).resolve()
+    if not root.is_dir() and root != Path("data").resolve():
         raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
     return root
 
@@ -507,7 +523,6 @@ def _store(key, sources, decode, root, workers):
 @dataclass
 class SegmentationSet:
     name: str
-    split: str
     ids: list[str]
     images: torch.Tensor  # uint8 (N, 3, H, W)
     masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if the masks were not read
@@ -528,7 +543,7 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
         images, masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
         ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
         masks = masks[:, : 0 if images_only else None]
-        return SegmentationSet(name, split, ids, images, masks, fingerprint(ids, size))
+        return SegmentationSet(name, ids, images, masks, fingerprint(ids, size))
     root = _existing(root)
     sources = _pairs(name, root, split, [] if images_only else None)[:limit]
 
@@ -542,7 +557,7 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
     if not images_only:
         masks, files = _store(f"{key}-masks", sources, decode, root, workers)
     ids = [image.stem for image, *_ in sources]
-    return SegmentationSet(name, split, ids, images, masks, fingerprint(files))
+    return SegmentationSet(name, ids, images, masks, fingerprint(files))
 
 
 def load_mask(name, root, split, stem, size):
@@ -581,7 +596,7 @@ def _pairs(name, root, split, masked=None):
         if not there or ("val" not in there and split != "test"):
             drawn = ["val"] if there else ["val", "test"]
         base = root / ("train" if drawn else split) if there else root
-        folder, raters = base / "images", sorted(p for p in base.glob("masks_*") if p.is_dir())
+        folder, raters = base / "images", sorted(p for p in base.glob("masks_[0-9]*") if p.is_dir())
         raters = raters or [base / "masks"]
     images = _by_stem(folder)
     raters = [_by_stem(rater) for rater in raters] if masked != [] else []
@@ -678,21 +693,24 @@ def _class_folders(name, root, split):
 
     <root>/unlabelled/*, if there are such, belong to train with the label -1.
     """
-    found = []
-    for folder in (root / "train", root / split):
-        try:
-            found.append(datasets.ImageFolder(folder, is_valid_file=lambda p: is_image(Path(p))))
-        except OSError as error:
-            why = f"it does not exist, or has a class with no image ({error})"
-            raise DataError(f"{folder}: {why}; give each class a folder of images") from error
-    train, part = found
-    for odd in sorted(set(train.classes) ^ set(part.classes)):
+    classes = {}
+    for part in ("train", split):
+        folders = sorted(_existing(root / part).iterdir())
+        classes[part] = [p.name for p in folders if p.is_dir() and p.name[0] != "."]
+    for odd in sorted(set(classes["train"]) ^ set(classes[split])):
         raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
-    find_images(root / split)  # says how many files ImageFolder leaves out
-    sources = [(Path(path), label) for path, label in part.samples]
+    sources = []
+    for path in find_images(root / split):
+        name, *deeper = path.relative_to(root / split).parts
+        if not deeper:
+            raise DataError(f"{path}: lies in no folder of a class; move it into one")
+        sources.append((path, classes[split].index(name)))
+    empty = set(range(len(classes[split]))) - {label for _, label in sources}
+    for label in sorted(empty):
+        raise DataError(f"{root / split / classes[split][label]}: no image here; add one")
     if split == "train":
         sources += [(path, -1) for path in find_images(root / "unlabelled")]
-    return sources, part.classes
+    return sources, classes[split]
 
 
 def _cub200(name, root, split):
@@ -718,8 +736,10 @@ def _torchvision(name, root, split):
         "pets": (datasets.OxfordIIITPet, "trainval"),
     }[name]
     parts = parts if split == "train" else ["test"]
+    root.mkdir(exist_ok=True)
     try:
-        sets = [loader(root, split=part, download=True) for part in parts]
+        with FileLock(root / f"{name}.lock"):  # of two runs that download it, one waits
+            sets = [loader(root, split=part, download=True) for part in parts]
     except Exception as error:  # of the network, the archive or a missing scipy: all kinds
         why = " ".join(str(error).split())
         raise DataError(f"{name} in {root}: {why}; check the network and run again") from error
@@ -781,9 +801,10 @@ def _fetch(url, folder, note):
         except (OSError, http.client.HTTPException) as error:
             todo = f"check the network and run again, or save it as {archive} by other means"
             raise DataError(f"{url}: download failed ({error}); {todo}") from error
+        broken = shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError
         try:
             shutil.unpack_archive(archive, temp)
-        except (shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except broken as error:
             archive.unlink()
             raise DataError(f"{archive}: corrupt ({error}), now deleted; run it again") from error
         os.replace(Path(temp, folder.name), folder)

@@ -741,13 +741,11 @@ def load(split, size, args):
     return data.load_segmentation(args.data, root, split, size, limit, workers=args.num_workers)
 
 
-def train_all(args, folder):
+def train_all(train_set, val, mark, args, folder):
     """Train all networks, choose their thresholds and the row for --predict; writes best.pt."""
-    train_set = load("train", [2 * side for side in args.size], args)  # tiles need detail
-    images, val = train_set.images, load("val", args.size, args)
-    mark, tiles = data.fingerprint(train_set.listing, val.listing), Tiles(train_set, args)
+    images, tiles = train_set.images, Tiles(train_set, args)
     if not args.resume:
-        data.fresh_folder(folder)
+        data.fresh_folder(folder, args)
     nets, seconds = {}, {}
 
     def stage(name, steps, loss, start=None):
@@ -776,11 +774,14 @@ def train_all(args, folder):
 
 def run(args):
     """Train, then evaluate and draw; or predict."""
-    folder = data.run_folder(METHOD, args)
-    test = None if args.predict else load("test", args.size, args)  # bad data show before training
-    if not (args.eval_only or args.predict):
-        train_all(args, folder)
-    state, nets = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD), {}
+    folder, mark = data.run_folder(METHOD, args), None
+    if not args.predict:
+        train_set = load("train", [2 * side for side in args.size], args)  # tiles need detail
+        val, test = load("val", args.size, args), load("test", args.size, args)
+        mark = data.fingerprint(train_set.listing, val.listing, test.listing)
+        if not args.eval_only:
+            train_all(train_set, val, mark, args, folder)
+    state, nets = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, mark), {}
     for stage, weights in state["nets"].items():
         nets[stage] = (build(stage, args).eval(), state["thresholds"][stage])
         nets[stage][0].load_state_dict(weights)

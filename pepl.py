@@ -622,13 +622,13 @@ def run(args):
     if args.predict:
         return predict(args)
     train_set, test, split = load_sets(args)
-    mark = data.fingerprint(train_set.listing, split[0].tolist())
+    mark = data.fingerprint(train_set.listing, test.listing, split[0].tolist())
     folder = data.run_folder(METHOD, args)
     best = args.checkpoint or folder / "best.pt"
     if not args.eval_only:
         if not args.resume:
             try_step(args, len(test.classes))
-            data.fresh_folder(folder)
+            data.fresh_folder(folder, args)
         done = {m: train(m, train_set, split, args, folder, mark) for m in args.method}
         nets = {m: state["ema"] for m, state in done.items()}
         logs = {m: state["log"] for m, state in done.items()}

@@ -1,5 +1,6 @@
 """data.py: checkpoints, bad files, caches, pixel formats, splits, downloads, pictures."""
 
+import gzip
 import itertools
 import json
 import runpy
@@ -59,7 +60,7 @@ def test_checkpoints_describe_themselves(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="no checkpoint to go on from"):
         flags(["--resume"])
     folder.mkdir(parents=True)
-    data.save_checkpoint(folder / "best.pt", method, args, "d")
+    data.save_checkpoint(folder / "best.pt", method, args, "d", nets={})
     away = ["--out", "elsewhere", "--device", "cpu", "--checkpoint", str(folder / "best.pt")]
     assert data.run_folder(method, flags(["--eval-only", *away])) == folder
     for given in (["--resume"], ["--eval-only"], ["--predict", "a.png", *away]):
@@ -69,6 +70,36 @@ def test_checkpoints_describe_themselves(tmp_path, monkeypatch):
         for flag, value in (("--lr", "0.1"), ("--size", "64x48"), ("--amp", "off")):
             with pytest.raises(data.DataError, match=rf"best.pt was trained with {flag} .*{value}"):
                 flags([*given, flag, value])
+    folder = folder.resolve()
+    monkeypatch.chdir(folder)
+    away[-1] = str(folder / "best.pt")
+    assert flags(["--eval-only", *away]).data_root == str(tmp_path / "data")
+    away[-1] = str(folder / "last_unet.pt")
+    data.save_checkpoint(folder / "last_unet.pt", method, args, "d")
+    with pytest.raises(data.DataError, match=r"last_unet\.pt is of an unfinished run"):
+        flags(["--predict", "a.png", *away])
+
+
+def test_a_run_does_not_replace_that_of_another_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root in ("a/mine", "a/mine", "b/mine"):
+        args = diffseg.parse_args(["--data", "folder", "--data-root", root])
+        folder = data.run_folder(diffseg.METHOD, args)
+        if root == "b/mine":
+            with pytest.raises(data.DataError, match="a/mine, which would go; give an --out"):
+                data.fresh_folder(folder, args)
+        else:
+            data.fresh_folder(folder, args)
+
+
+def test_bf16_only_where_it_is_not_emulated_and_cpu_checkpoints_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert not data.bf16_is_fast("cuda")
+    args = SimpleNamespace(device="cpu", resume=True)
+    data.save_checkpoint(path := tmp_path / "a.pt", "m", args, "d", {"net": torch.nn.Linear(1, 1)})
+    args.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "set_rng_state", None)  # must not be called
+    assert data.resume(path, "m", args, "d", {})["args"]["device"] == "cpu"
 
 
 def test_unusable_checkpoints_are_named(tmp_path):
@@ -101,6 +132,7 @@ def test_images_to_predict(tmp_path):
     (tmp_path / "in/._a.jpg").write_text("of a Mac")
     (tmp_path / "in/b.jpg").write_text("no image")
     save(tmp_path / "in/dot.png", NOISE[0][:2, :2])
+    save(tmp_path / "in/predictions/a_mask.png", DISC)  # of an earlier run
     (tmp_path / "empty").mkdir()
     found, bad = [], [tmp_path / x for x in ("empty", "in/b.jpg", "in/dot.png", "none.png")]
     with pytest.raises(data.DataError) as error:
@@ -150,6 +182,7 @@ def test_files_that_are_left_out_are_counted(tmp_path, capsys):
     (val / "images/deep").mkdir()
     for path in (val / "images/x.heic", val / "images/deep/y.HEIC", classes / "train/a/z.heic"):
         path.write_text("of a telephone")
+    (classes / "train/.ipynb_checkpoints").mkdir()  # no class
     for path in (val / "images/.DS_Store", val / "images/.hidden/d.jpg"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("of a Mac")
@@ -214,7 +247,7 @@ def test_pixel_formats_and_binary_masks(tmp_path):
     assert (y[0].numpy() == DISC).all()
     two_colours = np.stack([DISC * 255, DISC * (X > 16) * np.uint8(255), 0 * DISC], -1)
     for bad in (NOISE[0, ..., 0], DISC * 2, two_colours):  # DISC * 2: class labels
-        with pytest.raises(data.DataError, match="more than two values"):
+        with pytest.raises(data.DataError, match="two values"):
             data.read_mask(save(tmp_path / "m.png", bad), tmp_path / "16.png")
 
 
@@ -233,15 +266,17 @@ def test_augment_is_seeded_and_per_sample():
 def test_folder_splits_raters_and_images_only(tmp_path, monkeypatch):
     make_set(tmp_path, letters := "abcdefghijklmnopqrst", ("masks_1", "masks_2"))
     save(tmp_path / "masks_2/b_segmentation.png", DISC * 0)
+    (tmp_path / "masks_old").mkdir()  # no rater's
     sets = [load(tmp_path, split) for split in data.SYNTHETIC_COUNTS]
     assert [tuple(s.masks.shape[:2]) for s in sets] == [(16, 2), (2, 2), (2, 2)]
     assert sorted(i for s in sets for i in s.ids) == list(letters) and sets[1].ids != list("ab")
-    (where,) = (s for s in sets if "b" in s.ids)
+    pairs = zip(data.SYNTHETIC_COUNTS, sets, strict=True)
+    ((split, where),) = ((split, s) for split, s in pairs if "b" in s.ids)
     assert where.masks[where.ids.index("b")].flatten(1).any(1).tolist() == [True, False]
     for folder in ("masks_1", "masks_2"):
         for path in (tmp_path / folder).glob("[c-z]*"):
             path.write_text("no image")
-    mask = data.load_mask("folder", tmp_path, where.split, "b", SIZE)  # opens no other mask
+    mask = data.load_mask("folder", tmp_path, split, "b", SIZE)  # opens no other mask
     assert torch.equal(mask[0], where.masks[where.ids.index("b"), 0].bool())
     monkeypatch.setattr(data, "read_mask", None)
     found = load(tmp_path, "val", images_only=True)
@@ -350,12 +385,14 @@ def cub_archive(root):
 def test_cub200_download(tmp_path, server):
     sound, root = cub_archive(tmp_path / "cub"), tmp_path / "data"
     root.mkdir()
-    server.files["CUB_200_2011.tgz"] = sound[:-400]
-    with pytest.raises(data.DataError, match=r"corrupt.*now deleted"):
-        data.load_classification("cub200", root, "train", (16, 16))
+    tar = gzip.decompress(sound)
+    half = gzip.compress(tar[: tar.index(b"\xff\xd8") + 9])  # ends within a picture
+    for server.files["CUB_200_2011.tgz"] in (sound[:-400], half):
+        with pytest.raises(data.DataError, match=r"corrupt.*now deleted"):
+            data.load_classification("cub200", root, "train", (16, 16))
     server.files["CUB_200_2011.tgz"] = sound
     train, test = (data.load_classification("cub200", root, s, (16, 16)) for s in ("train", "test"))
-    assert train.classes == ["Black footed Albatross", "Crow"] and len(server.log) == 2
+    assert train.classes == ["Black footed Albatross", "Crow"] and len(server.log) == 3
     assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [0, 1]
     assert [Path(p).name for p in test.ids] == ["2.jpg", "2.jpg"]
 
@@ -378,8 +415,9 @@ def test_label_split_is_stratified_and_seeded():
 BAD_CLASSES = {  # the error's words: what is done to a sound set
     "only one class": lambda r: [shutil.rmtree(p) for p in r.glob("*/b")],
     "train/b/0.png": lambda r: (r / "train/b/0.png").write_text("no image"),
-    "a class with no image": lambda r: [p.unlink() for p in r.glob("train/b/*")],
+    "train/b: no image": lambda r: [p.unlink() for p in r.glob("train/b/*")],
     "class b is not in both": lambda r: (r / "test/b").rename(r / "b"),
+    "train/x.png: lies in no folder": lambda r: save(r / "train/x.png", NOISE[0]),
     "does not exist": lambda r: (r / "train").rename(r / "tain"),
 }
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, result, run, same_weights, segmentation_folder
+from conftest import TINY, error_lines, result, run, same_weights, segmentation_folder
 
 import crf
 import data
@@ -68,7 +68,7 @@ def test_otsu_minimises_the_variance_within_the_two_classes():
 def test_tags_known_pixels_and_the_level_that_fits_them():
     n, mask = 8, torch.zeros(8, 1, 96, 128).byte()
     mask[:, :, 30:70, 40:90] = 1
-    split = data.SegmentationSet("", "", [], mask.expand(-1, 3, -1, -1), mask, "")
+    split = data.SegmentationSet("", [], mask.expand(-1, 3, -1, -1), mask, "")
     tiles = diffseg.Tiles(split, diffseg.parse_args(["--device", "cpu"]))
     known, healthy = tiles.known(torch.arange(n)), torch.zeros(n, 96, 128)
     for i, k in np.ndindex(n, diffseg.TAGS):
@@ -102,7 +102,7 @@ def test_thresholds_have_the_best_dice_and_their_spread_the_lowest_ged(monkeypat
     monkeypatch.setattr(diffseg, "outputs", lambda *_: torch.logit(ramp))
     raters = ramp[:, :3] > torch.tensor([0.4, 0.5, 0.6])[:, None, None]
     for masks, wide in ((raters, True), (raters[:, 1:2], False)):
-        val = data.SegmentationSet("", "", [], (ramp[:, :3] * 255).to(torch.uint8), masks, "")
+        val = data.SegmentationSet("", [], (ramp[:, :3] * 255).to(torch.uint8), masks, "")
         thresholds = diffseg.calibrate("diffseg", None, val, args)
         assert diffseg.mask_dice(torch.logit(ramp) - thresholds, masks).tolist() == [1] * 4
         assert (thresholds.max() > thresholds.min()) == wide
@@ -133,13 +133,18 @@ def test_crfs_share_one_lattice_equal_crf_py_and_follow_the_size(size, width, mo
     assert torch.allclose(found, expected.expand_as(found), atol=1e-4)
 
 
-def test_a_folder_with_several_raters_without_the_baseline(tmp_path):
+def test_a_folder_with_several_raters_without_the_baseline(tmp_path, capsys):
     flags = ["--data", "folder", "--data-root", segmentation_folder(tmp_path, n=8, raters=2)]
     assert run(diffseg, *TINY[diffseg], *flags, "--no-compare", "--out", tmp_path) == 0
     rows, ambiguity = (result(tmp_path)[key] for key in ("rows", "ambiguity"))
     assert "unet" not in rows and list(ambiguity) == list(rows)[1:]
     assert all("correlation" in row for row in ambiguity.values())
     assert result(tmp_path)["predict"] in list(rows)[2:]  # the row that --predict uses
+    (tmp_path / "test/images/img0.png").rename(tmp_path / "test/images/new.png")
+    for path in tmp_path.glob("test/masks_*/img0.png"):
+        path.rename(path.with_name("new.png"))
+    assert run(diffseg, *TINY[diffseg], *flags, "--eval-only", "--out", tmp_path) == 2
+    assert "data changed" in error_lines(capsys)[0]
 
 
 def test_training_masks_serve_the_tags_alone(trained, tmp_path, monkeypatch):

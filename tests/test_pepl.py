@@ -188,7 +188,7 @@ def test_changed_data_are_refused(tmp_path, capsys):
     Image.new("RGB", (20, 24)).save(tmp_path / "train/a/new.png")
     for how in ("--resume", "--eval-only"):
         assert train_on_folder(tmp_path, how) == 2
-        assert "training data changed" in error_lines(capsys)[0]
+        assert "data changed" in error_lines(capsys)[0]
 
 
 @pytest.mark.parametrize("right", [True, False])
