@@ -7,8 +7,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -300,33 +298,16 @@ def test_synthetic_images():
     assert len({x.sum().item() for x in sets}) == 3
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = self.server.files.get(self.path[1:])
-        self.server.log.append(self.path[1:])
-        if body is None:
-            return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2 if self.server.breaks else None])
-
-
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def site(tmp_path, monkeypatch):
+    """A folder in the place of the web sites, here with the validation split of ISIC."""
     make_set(tmp_path / "src")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.log, server.breaks, server.files = [], False, {}
-        for name, kind in zip(NAMES, ("images", "masks"), strict=True):
-            (tmp_path / "src" / kind).rename(tmp_path / "src" / name)
-            archive = shutil.make_archive(tmp_path / name, "zip", tmp_path / "src", name)
-            server.files[f"{name}.zip"] = Path(archive).read_bytes()
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(data, "ISIC_URL", server.url)
-        monkeypatch.setattr(data, "CUB_URL", server.url)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
+    for name, kind in zip(NAMES, ("images", "masks"), strict=True):
+        (tmp_path / "src" / kind).rename(tmp_path / "src" / name)
+        shutil.make_archive(tmp_path / "site" / name, "zip", tmp_path / "src", name)
+    monkeypatch.setattr(data, "ISIC_URL", (tmp_path / "site").as_uri())
+    monkeypatch.setattr(data, "CUB_URL", data.ISIC_URL)
+    return tmp_path / "site"
 
 
 def fails(root, words):
@@ -335,38 +316,38 @@ def fails(root, words):
     assert not list((root / "isic2018").glob("*[!k]"))  # nothing half there but the lock
 
 
-def test_download_once_of_what_is_needed(tmp_path, server):
-    images, masks = (f"{name}.zip" for name in NAMES)
-    server.breaks = True
-    fails(tmp_path, "corrupt.*now deleted")
-    server.breaks = False
+def test_download_once_of_what_is_needed(tmp_path, site, capsys):
     assert len(load(tmp_path, name="isic2018", images_only=True)) == 3
-    assert server.log == [images] * 2
     mask = data.load_mask("isic2018", tmp_path, "val", "b", SIZE)
     found = load(tmp_path, name="isic2018")
     assert mask.shape == (1, *SIZE) and found.masks.shape == (3, 1, *SIZE)
-    assert server.log == [images, images, masks]
+    assert capsys.readouterr().err.count("downloading") == 2
     assert sorted(p.name for p in (tmp_path / "isic2018").glob("*[!k]")) == NAMES
 
 
-def test_two_processes_download_an_archive_once(tmp_path, server):
+def test_two_processes_download_an_archive_once(tmp_path, site):
     code = "import data, sys; data.ISIC_URL = sys.argv[2]; "
     code += "data.load_segmentation('isic2018', sys.argv[1], 'val', (16, 24))"
-    command = [sys.executable, "-c", code, str(tmp_path), server.url]
-    runs = [subprocess.Popen(command, cwd=HOME, stderr=-3) for _ in range(2)]
-    assert [run.wait(60) for run in runs] == [0, 0]
-    assert server.log == [f"{name}.zip" for name in NAMES]
+    command = [sys.executable, "-c", code, str(tmp_path), data.ISIC_URL]
+    options = {"cwd": HOME, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, **options) for _ in range(2)]
+    said = "".join(run.communicate(timeout=60)[1] for run in runs)
+    assert [run.returncode for run in runs] == [0, 0] and said.count("downloading") == 2
 
 
-def test_404_corrupt_zip_and_a_file_saved_by_hand(tmp_path, server):
-    sound = server.files.pop(zip_name := f"{NAMES[0]}.zip")
-    fails(tmp_path, f"404.*save it as .*{zip_name}")
+def test_missing_and_corrupt_archives_and_one_saved_by_hand(tmp_path, site, capsys):
+    archive = site / f"{NAMES[0]}.zip"
+    sound = archive.read_bytes()
+    archive.unlink()
+    fails(tmp_path, f"No such file.*save it as .*{archive.name}")
     at = len(sound) * 2 // 3
-    for server.files[zip_name] in (sound[:at] + bytes(9) + sound[at + 9 :], b"<html>"):
+    for bad in (sound[:at], sound[:at] + bytes(9) + sound[at + 9 :], b"<html>"):
+        archive.write_bytes(bad)
         fails(tmp_path, "corrupt.*now deleted")
-    n = len(server.log)
-    (tmp_path / "isic2018" / zip_name).write_bytes(sound)
-    assert len(load(tmp_path, name="isic2018", images_only=True)) == 3 and len(server.log) == n
+    capsys.readouterr()
+    (tmp_path / "isic2018" / archive.name).write_bytes(sound)
+    assert len(load(tmp_path, name="isic2018", images_only=True)) == 3
+    assert "downloading" not in capsys.readouterr().err
 
 
 def cub_archive(root):
@@ -382,17 +363,22 @@ def cub_archive(root):
     return Path(shutil.make_archive(root, "gztar", root)).read_bytes()
 
 
-def test_cub200_download(tmp_path, server):
-    sound, root = cub_archive(tmp_path / "cub"), tmp_path / "data"
+def test_cub200_download(tmp_path, site):
+    sound, root, archive = (
+        cub_archive(tmp_path / "cub"),
+        tmp_path / "data",
+        site / "CUB_200_2011.tgz",
+    )
     root.mkdir()
     tar = gzip.decompress(sound)
     half = gzip.compress(tar[: tar.index(b"\xff\xd8") + 9])  # ends within a picture
-    for server.files["CUB_200_2011.tgz"] in (sound[:-400], half):
+    for bad in (sound[:-400], half):
+        archive.write_bytes(bad)
         with pytest.raises(data.DataError, match=r"corrupt.*now deleted"):
             data.load_classification("cub200", root, "train", (16, 16))
-    server.files["CUB_200_2011.tgz"] = sound
+    archive.write_bytes(sound)
     train, test = (data.load_classification("cub200", root, s, (16, 16)) for s in ("train", "test"))
-    assert train.classes == ["Black footed Albatross", "Crow"] and len(server.log) == 3
+    assert train.classes == ["Black footed Albatross", "Crow"]
     assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [0, 1]
     assert [Path(p).name for p in test.ids] == ["2.jpg", "2.jpg"]
 
