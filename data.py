@@ -139,10 +139,15 @@ def parse_flags(parser, argv, method):
     Returns the flags and, as `command`, the command line that trains or trained. Raises DataError
     if the checkpoint cannot be used or a given flag differs from it: that would be another run.
     """
-    args = parser.parse_args(argv)
+
+    def parse():
+        args = parser.parse_args(argv)
+        args.amp = args.amp or ("on" if bf16_is_fast(args.device) else "off")
+        return args
+
+    args = parse()
     if args.checkpoint and not (args.eval_only or args.predict):
         parser.error("--checkpoint goes with --eval-only or --predict; to go on, take --resume")
-    args.amp = args.amp or ("on" if bf16_is_fast(args.device) else "off")
     args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     folder = run_folder(method, args)
     path = args.checkpoint or folder / "best.pt"
@@ -157,9 +162,10 @@ def parse_flags(parser, argv, method):
     if "nets" not in saved and not args.resume:
         raise DataError(f"{path} is of an unfinished run; name its best.pt, or go on by --resume")
     saved = saved["args"]
-    kept = {name: value for name, value in saved.items() if name not in FREE}
+    free = FREE | {"amp"} if args.predict else FREE  # the device may be another
+    kept = {name: value for name, value in saved.items() if name not in free}
     parser.set_defaults(**kept)
-    args = parser.parse_args(argv)
+    args = parse()
     args.command = saved["command"]
     for name, was in kept.items():
         now = getattr(args, name)
