@@ -39,54 +39,53 @@ NAMES = {
     "ged": "GED",
 }
 
-# README's table, a row a method: what is labelled, the command, its records, (result, baseline,
-# ceiling) among their rows, the metric, and where the method fails.
+# README's table, a row a method: what is labelled, the command, where it fails, the metric, and its
+# result, baseline and ceiling, each a row of the records of that name.
 SUMMARY = [
     (
         "DiffSeg",
         "48 tagged tiles an image",
         "`python diffseg.py --data isic2018`",
-        "diffseg_isic2018_seed*.json",
-        ("diffseg_student", "otsu", "unet"),
-        "dice",
         "pen, pale lesions",
+        "dice",
+        ("diffseg_isic2018_seed*", "diffseg_student"),
+        ("diffseg_isic2018_seed*", "otsu"),
+        ("diffseg_isic2018_seed*", "unet"),
     ),
     (
         "PEPL",
         "4 a class",
         "`python pepl.py --data folder --labels-per-class 4 --pretrained`",
-        "pepl_cub100_seed*.json",
-        ("pepl", "supervised", None),
-        "accuracy",
         "mixing",
+        "accuracy",
+        ("pepl_cub100_seed*", "pepl"),
+        ("pepl_cub100_seed*", "supervised"),
+        ("pepl_cub100_all_labels_seed*", "supervised"),
     ),
     (
         "Caudo-Diff",
         "1 image",
         "`python caudo_diff.py --data isic2018`",
-        "caudo_diff_isic2018_*.json",
-        ("caudo_diff", "self_training", "full_supervision"),
-        "dice",
         "chest X-rays, ink",
+        "dice",
+        ("caudo_diff_isic2018_*", "caudo_diff"),
+        ("caudo_diff_isic2018_*", "self_training"),
+        ("caudo_diff_isic2018_*", "full_supervision"),
     ),
 ]
 
 
-def mean(records, row, metric):
+def mean(files, row, metric):
+    records = [json.loads(path.read_text()) for path in ROOT.glob(f"docs/results/{files}.json")]
     return statistics.mean(record["rows"][row][metric] for record in records)
-
-
-def load(pattern):
-    return [json.loads(path.read_text()) for path in sorted(ROOT.glob(pattern))]
 
 
 def summary():
     """README's table: result, baseline and ceiling of each method, means over its records."""
     lines = ["| method | you label | command | result / baseline / ceiling | fails on |"]
     lines.append("| --- " * 5 + "|")
-    for method, labels, command, files, rows, metric, fails in SUMMARY:
-        records = load(f"docs/results/{files}")
-        numbers = " / ".join(f"{mean(records, row, metric):.3f}" if row else "-" for row in rows)
+    for method, labels, command, fails, metric, *rows in SUMMARY:
+        numbers = " / ".join(f"{mean(*row, metric):.3f}" for row in rows)
         lines.append("| " + " | ".join([method, labels, command, numbers, fails]) + " |")
     return "\n".join(lines)
 
