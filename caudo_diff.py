@@ -787,7 +787,7 @@ def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
     saved = data.resume(file, METHOD, args, ctx.mark, parts)
     first, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     forward, begin = torch.compile(net) if args.compile else net, time.time() - seconds
-    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=first == steps)
+    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=None)
     for step in bar:
         batch = draw()  # in float32: bf16 would round the warps' grids by up to a quarter pixel
         with autocast(args):

@@ -92,7 +92,8 @@ def parse_device(text):
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=text)
+        if torch.empty(1, device=text).device.type not in ("cpu", "cuda"):
+            raise RuntimeError(text)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} is not usable here; take cpu") from error
     return text
@@ -124,10 +125,11 @@ def make_parser(script, doc):
     add("--compile", action="store_true", help="torch.compile the networks in training")
     add("--num-workers", type=whole(1), default=8, help="threads that decode images, once")
     add("--out", default="out", help="results go to OUT/method/data/seedK")
-    add("--resume", action="store_true", help="go on from the last checkpoint, exactly")
-    add("--eval-only", action="store_true", help="no training: the table again, from best.pt")
     add("--checkpoint", metavar="FILE", help="best.pt elsewhere, for --eval-only and --predict")
-    add("--predict", nargs="+", metavar="PATH", help="apply it to images or folders of images")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--resume", action="store_true", help="go on from the last checkpoint, exactly")
+    one("--eval-only", action="store_true", help="no training: the table again, from best.pt")
+    one("--predict", nargs="+", metavar="PATH", help="apply it to images or folders of images")
     add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
     add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
     return parser
@@ -160,7 +162,7 @@ def parse_flags(parser, argv, method):
         return args
     saved = load_checkpoint(path, method)
     if "nets" not in saved and not args.resume:
-        raise DataError(f"{path} is of an unfinished run; name its best.pt, or go on by --resume")
+        raise DataError(f"{path} is not the best.pt of a finished run; name that, or --resume it")
     saved = saved["args"]
     free = FREE | {"amp"} if args.predict else FREE  # the device may be another
     kept = {name: value for name, value in saved.items() if name not in free}
@@ -169,7 +171,7 @@ def parse_flags(parser, argv, method):
     args.command = saved["command"]
     for name, was in kept.items():
         now = getattr(args, name)
-        if now != was:
+        if now != was and name != "data_root":  # data may move; their fingerprint is compared
             if name == "size":
                 was, now = (f"{w}x{h}" for h, w in (was, now))
             flag = name.replace("_", "-")
@@ -178,7 +180,7 @@ def parse_flags(parser, argv, method):
 
 
 def run_folder(method, args):
-    """The folder of a run: OUT/method/DATA/seedK; that of --checkpoint for --eval-only."""
+    """The folder of a run, OUT/method/DATA/seedK[-exemplar][-quick]; that of --checkpoint."""
     if args.eval_only and args.checkpoint:
         return Path(args.checkpoint).parent
     data = Path(args.data_root).name if args.data == "folder" else args.data
@@ -266,11 +268,13 @@ def load_checkpoint(path, method, data=None):
         todo = "train to the end first (--resume), or name one by --checkpoint"
         raise DataError(f"no checkpoint {path}: {todo}") from None
     except Exception as error:  # torch and zipfile raise all kinds
-        raise DataError(f"{path} is not a readable checkpoint; train again") from error
+        raise DataError(
+            f"{path} is not a readable checkpoint; name a best.pt, or train again"
+        ) from error
     if not isinstance(state, dict) or state.get("method") != method:
         raise DataError(f"{path} is a checkpoint of something else, not of {method}")
     if data not in (None, state["data"]):
-        raise DataError(f"{path}: the data changed since; train again without --resume")
+        raise DataError(f"{path}: the data changed since; train again")
     return state
 
 
@@ -364,6 +368,7 @@ class Photo(NamedTuple):
 def images_to_predict(paths, size):
     """Read images, and those in folders and their folders, for a network of size (H, W): Photos.
 
+    What lies in a folder "predictions" in them is left out: an earlier run wrote it.
     A file that cannot be used does not stop the others: one DataError, a line each, comes last.
     """
     files, errors, names = [], [], set()
@@ -514,7 +519,8 @@ def _store(key, sources, decode, root, workers):
             return saved["stacked"], state
     with ThreadPoolExecutor(workers) as pool:
         decoded = pool.map(lambda paths: decode(*paths), sources)
-        for i, x in enumerate(tqdm(decoded, f"decoding {key}", len(sources), unit="image")):
+        bar = tqdm(decoded, f"decoding {key}", len(sources), unit="image", disable=None)
+        for i, x in enumerate(bar):
             if i == 0:  # filled one by one: a list of all images would take their memory twice
                 stacked = x.new_empty(len(sources), *x.shape)
             stacked[i] = x
@@ -660,7 +666,6 @@ def augment(images, masks, flips=True):
 @dataclass
 class ClassificationSet:
     split: str
-    ids: list[str]  # paths relative to the root
     images: torch.Tensor  # uint8 (N, 3, H, W)
     labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1
     classes: list[str]
@@ -677,9 +682,8 @@ def load_classification(name, root, split, size, limit=None, workers=8):
         n = BIRDS_COUNTS[split]
         images, labels = synthetic_birds(n, size, seed=n)
         step = max(1, n // (limit or n))
-        ids = [f"{split}_{i:04d}" for i in range(0, n, step)]
-        images, labels, listing = images[::step], labels[::step], fingerprint(ids, size)
-        return ClassificationSet(split, ids, images, labels, BIRD_CLASSES, listing)
+        images, labels, listing = images[::step], labels[::step], fingerprint(n, step, size)
+        return ClassificationSet(split, images, labels, BIRD_CLASSES, listing)
     root = _existing(root)
     find = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)
     sources, classes = find(name, root, split)
@@ -690,8 +694,8 @@ def load_classification(name, root, split, size, limit=None, workers=8):
     key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
     one = [(path,) for path in paths]
     images, files = _store(key, one, lambda path: read_image(path, size), root, workers)
-    ids, listing = [name for name, *_ in files], fingerprint(files, labels, classes)
-    return ClassificationSet(split, ids, images, torch.tensor(labels), classes, listing)
+    listing = fingerprint(files, labels, classes)
+    return ClassificationSet(split, images, torch.tensor(labels), classes, listing)
 
 
 def _class_folders(name, root, split):

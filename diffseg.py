@@ -707,7 +707,7 @@ def train(stage, start, steps, loss_function, mark, args, folder):
     first, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     forward = torch.compile(net) if args.compile else net
     began, losses = time.time() - seconds, []
-    bar = tqdm(range(first, steps), f"train {stage}", steps, initial=first, unit="step")
+    bar = tqdm(range(first, steps), f"train {stage}", steps, initial=first, disable=None)
     for step in bar:
         loss = loss_function(forward)
         losses.append(loss.item())

@@ -605,8 +605,8 @@ def load_sets(args):
     if args.validate:
         i, rest = data.label_split(train_set.labels, 0.2, seed=2018)
         images, labels = train_set.images, train_set.labels
-        test = replace(train_set, ids=[], images=images[i], labels=labels[i], split="held-out")
-        train_set = replace(train_set, ids=[], images=images[rest], labels=labels[rest])
+        test = replace(train_set, images=images[i], labels=labels[i], split="held-out")
+        train_set = replace(train_set, images=images[rest], labels=labels[rest])
     else:
         test = data.load_classification(args.data, args.data_root, "test", *more)
     split = data.label_split(train_set.labels, args.labels, args.labels_per_class, args.seed)

@@ -1,7 +1,7 @@
 """Makes the tables of README.md and docs/*.md from the records beside this file.
 
     python docs/results/tables.py                         fills what stands between the markers
-    python docs/results/tables.py out/*/mine/seed*/result.json      prints a table of your runs
+    python docs/results/tables.py out/pepl/mine/seed*/result.json   prints a table of your runs
 
 A marker names its records, relative to the repository, and perhaps another mapping than "rows":
 
