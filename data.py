@@ -258,7 +258,7 @@ def _save(state, path):
 
 
 def load_checkpoint(path, method, data=None):
-    """Read a checkpoint onto the CPU; data: the fingerprint of the training data as they are now.
+    """Read a checkpoint onto the CPU; data: the fingerprint of the run's data as they are now.
 
     Raises DataError if it is missing, broken, another method's or of other data.
     """
@@ -268,9 +268,7 @@ def load_checkpoint(path, method, data=None):
         todo = "train to the end first (--resume), or name one by --checkpoint"
         raise DataError(f"no checkpoint {path}: {todo}") from None
     except Exception as error:  # torch and zipfile raise all kinds
-        raise DataError(
-            f"{path} is not a readable checkpoint; name a best.pt, or train again"
-        ) from error
+        raise DataError(f"{path} is not a readable checkpoint; name a best.pt") from error
     if not isinstance(state, dict) or state.get("method") != method:
         raise DataError(f"{path} is a checkpoint of something else, not of {method}")
     if data not in (None, state["data"]):
@@ -703,24 +701,24 @@ def _class_folders(name, root, split):
 
     <root>/unlabelled/*, if there are such, belong to train with the label -1.
     """
-    classes = {}
+    found = []
     for part in ("train", split):
         folders = sorted(_existing(root / part).iterdir())
-        classes[part] = [p.name for p in folders if p.is_dir() and p.name[0] != "."]
-    for odd in sorted(set(classes["train"]) ^ set(classes[split])):
+        found.append([p.name for p in folders if p.is_dir() and p.name[0] != "."])
+    train, classes = found
+    for odd in sorted(set(train) ^ set(classes)):
         raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
     sources = []
     for path in find_images(root / split):
         name, *deeper = path.relative_to(root / split).parts
         if not deeper:
             raise DataError(f"{path}: lies in no folder of a class; move it into one")
-        sources.append((path, classes[split].index(name)))
-    empty = set(range(len(classes[split]))) - {label for _, label in sources}
-    for label in sorted(empty):
-        raise DataError(f"{root / split / classes[split][label]}: no image here; add one")
+        sources.append((path, classes.index(name)))
+    for label in sorted(set(range(len(classes))) - {label for _, label in sources}):
+        raise DataError(f"{root / split / classes[label]}: no image here; add one")
     if split == "train":
         sources += [(path, -1) for path in find_images(root / "unlabelled")]
-    return sources, classes[split]
+    return sources, classes
 
 
 def _cub200(name, root, split):
