@@ -714,7 +714,7 @@ def draw_masks(ctx, expansion):
 
 @torch.no_grad()
 def draw_latents(ctx, expansion):
-    """A batch of the denoiser, step 4: zt (B, 8, h, w), t (B,), the guide c and the target z0."""
+    """A batch of the denoiser, step 4: inputs zt (B, 8, h, w), t (B,), guide c; the target z0."""
     b, ae = ctx.args.batch_size, ctx.nets["autoencoder"]
     x, m = expansion(b)
     x = torch.cat([x[: b // 4], strong_view(x[b // 4 :])])
@@ -725,7 +725,7 @@ def draw_latents(ctx, expansion):
         z0 = ae.encode(m)
     c = guide(x, p, ctx.encoder(x)) * (uniform(0, 1, b) > 0.15).to(x)  # 15 % unguided, for Eq. 7
     t = torch.randint(T, (b,)).to(x.device)
-    return add_noise(z0, t, torch.randn(z0.shape).to(x)), t, c, z0
+    return (add_noise(z0, t, torch.randn(z0.shape).to(x)), t, c), z0
 
 
 def segmenter_loss(net, features, mask, weight):
@@ -744,10 +744,11 @@ def autoencoder_loss(net, m):
     return F.binary_cross_entropy_with_logits(logits, m) + 0.1 * unit
 
 
-def denoiser_loss(net, zt, t, c, z0):
-    """Mean squared error of z0 over 1 - a: nearly that of v (Eq. 6)."""
+def denoiser_loss(net, inputs, z0):
+    """Mean squared error of z0 over 1 - a: nearly that of v (Eq. 6). inputs: zt, t, c."""
+    _, t, _ = inputs
     a = ALPHA_BAR.to(z0.device)[t][:, None, None, None]
-    return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 [O]
+    return ((net(*inputs) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 8 [O]
 
 
 @torch.no_grad()

@@ -831,7 +831,7 @@ def _in_chunks(draw, b, n, size, seed):
 
 
 def _canvas(b, size, seed):
-    """What both draw b images with: generator, u, field, width of a pixel, coordinates y, x."""
+    """What both draw b images with: the generator and, by it, uniform numbers and smooth noise."""
     (h, w), g = size, torch.Generator().manual_seed(seed)
 
     def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
@@ -841,9 +841,14 @@ def _canvas(b, size, seed):
         z = 1.3 * torch.randn(b, channels, rows, columns or rows * 4 // 3, generator=g)
         return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
 
-    px = 2 / min(h, w)  # the short side spans -1..1
+    return g, u, field
+
+
+def _coordinates(size):
+    """Width of a pixel and coordinates y (H, 1), x (W,) of pixels: the short side spans -1..1."""
+    (h, w), px = size, 2 / min(size)
     y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
-    return g, u, field, px, y, x
+    return px, y, x
 
 
 def synthetic_dermoscopy(n, size, seed):
@@ -856,7 +861,7 @@ def synthetic_dermoscopy(n, size, seed):
 
 
 def _dermoscopy(b, size, seed):
-    g, u, field, px, y, x = _canvas(b, size, seed)
+    (g, u, field), (px, y, x) = _canvas(b, size, seed), _coordinates(size)
 
     def rgb(r, g, b):
         return torch.tensor([r, g, b]).view(3, 1, 1)
@@ -949,7 +954,7 @@ def synthetic_birds(n, size, seed):
 
 
 def _birds(b, size, seed):
-    g, u, field, px, y, x = _canvas(b, size, seed)
+    (g, u, field), (px, y, x) = _canvas(b, size, seed), _coordinates(size)
     labels = torch.randint(len(BIRD_CODES), (b,), generator=g)
     code = torch.tensor(BIRD_CODES)[labels]  # (B, 4)
     colour = torch.tensor(BIRD_PALETTE)[torch.arange(4), code]  # (B, 4, 3)
