@@ -34,8 +34,9 @@ D4  In the first round an image is labelled and calibrated at five sizes, as obj
     with --anatomy; self-training has one size.)
 D5  Later rounds do not calibrate: the denoiser knows the first segmenter's errors alone.
 D6  An image counts by the Dice of p0 and p1 to the sixth power (Eq. 5); from round 2 on by 1.
-D7  No validation set: one mask leaves none. Fixed steps, EMA weights, threshold 1/2. Settings were
-    chosen with training and validation masks, never on test: so that is not quite one-shot.
+D7  No validation set: one mask leaves none. Fixed steps, EMA weights. Settings were chosen with
+    training and validation masks, never on test: so that is not quite one-shot.
+D8  Colours of the unlabelled images set the final level of masks (Eq. 9; not with --anatomy).
 """
 
 import argparse
@@ -72,6 +73,8 @@ GUIDANCE = 0.8  # weight w of classifier-free guidance; below 1 trusts the prior
 FACTOR, LATENT = 4, 8  # pixels per latent, a side, and a latent's channels (ours)
 SIZES = (1, 1.5, 2 / 3, 1 / 2, 1 / 3)  # of an image, at which it is labelled and calibrated (ours)
 GUIDES = (4, 8, 16)  # strides of a pretrained encoder whose features guide the diffusion (ours)
+LEVELS = [k / 2 for k in range(-8, 9)]  # logits tried as the level where masks end (ours)
+WIDE = 0.97  # share of the variance explained at best to which masks are widened (ours)
 POOL = 600  # at most so many images are labelled in a round, to bound its time (ours)
 ROWS = ["exemplar_copied", "exemplar_only", "self_training"]
 ROWS += ["caudo_diff", "caudo_diff_crf", "full_supervision"]
@@ -158,6 +161,18 @@ def follow_image(x, logits):
     evidence = F.avg_pool2d(contrast_map(x, logits.sigmoid()), 3, 1, 1, count_include_pad=False)
     # colour counts up to 12, the mask up to 6
     return torch.sigmoid(logits.clamp(-6, 6) + KAPPA * evidence)  # Eq. 4 [O]
+
+
+def variance_explained(x, mask):
+    """Share of the variance of x's log colours that mask explains, Otsu's criterion: (B,).
+
+    x (B, 3, H, W) in [0, 1], mask (B, 1, H, W) bool; 0 where it is empty or full.
+    """
+    y, inside = opponent(x).flatten(2), mask.flatten(2).float()  # (B, 3, N), (B, 1, N)
+    share = inside.mean(2)  # (B, 1)
+    apart = (y * inside).mean(2) - y.mean(2) * share  # (B, 3): covariance of colour and mask
+    between = apart.square().sum(1) / (share * (1 - share)).clamp(min=1e-9)[:, 0]
+    return between / y.var(2, unbiased=False).sum(1).clamp(min=1e-9)  # Eq. 9
 
 
 def guide(x, p, features):
@@ -392,6 +407,7 @@ class Context(NamedTuple):
     nets: dict  # {stage: network}, of the finished stages
     seconds: dict  # {stage: seconds}
     labels: dict  # {method: what label returned in round 1}
+    levels: dict  # {stage: logit at which its masks end}; 0 where nothing else is said
 
 
 def autocast(args):
@@ -415,7 +431,22 @@ def segment(ctx, stage, img):
     """Probabilities (B, 1, H, W) of images uint8 (B, 3, H, W) by the segmenter of a stage."""
     features = ctx.encoder(img.to(ctx.args.device).float() / 255)  # float32
     with autocast(ctx.args):
-        return ctx.nets[stage](features).sigmoid()
+        return (ctx.nets[stage](features) - ctx.levels.get(stage, 0)).sigmoid()
+
+
+def choose_level(ctx, stage, images):
+    """Choose the level of a stage's masks by the colours of unlabelled images, uint8 (N, 3, H, W).
+
+    Masks of one level explain more of the colours' variance than those of another. Annotators draw
+    wider than where that is most: the lowest level counts that still explains WIDE of the most.
+    """
+
+    def explained(img):
+        x, logits = img.float() / 255, torch.logit(segment(ctx, stage, img), 1e-4).cpu()
+        return torch.stack([variance_explained(x, logits > level) for level in LEVELS], 1)
+
+    scores = batched(explained, images).mean(0)  # (levels,)
+    ctx.levels[stage] = LEVELS[(scores >= WIDE * scores.max()).nonzero()[0].item()]
 
 
 @torch.no_grad()
@@ -860,6 +891,8 @@ def train_all(ctx, expansion, labelled):
                 index, p0, p1 = label(ctx, method, r, expansion.images)
                 pool = expansion.images[index], (p1 > 0.5).float(), reliability(p0, p1)
             net = train(ctx, f"{method}_{r}", more, partial(pairs, pool), start=net)
+        if not ctx.args.anatomy:
+            choose_level(ctx, f"{method}_{ctx.args.rounds}", expansion.images[:POOL])
     if labelled:
         steps = n + ctx.args.rounds * more
         train(ctx, "full_supervision", steps, partial(draw_labelled, ctx, labelled))
@@ -870,7 +903,7 @@ def load_run(args, folder, mark=None):
     state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, mark)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
-    ctx = Context(args, folder, mark, encoder, {}, state["seconds"], {})
+    ctx = Context(args, folder, mark, encoder, {}, state["seconds"], {}, state["levels"])
     for stage, weights in state["nets"].items():
         ctx.nets[stage] = build(ctx, stage).eval()
         ctx.nets[stage].load_state_dict(weights)
@@ -901,12 +934,13 @@ def run(args):
         encoder = Encoder(args.encoder, args.size).to(args.device)
         if not args.resume:
             data.fresh_folder(folder, args)
-        ctx = Context(args, folder, mark, encoder, {}, {}, {})
+        ctx = Context(args, folder, mark, encoder, {}, {}, {}, {})
         expansion = Expansion(train_set.images[i], mask, images, args)
         draw_expansion(expansion, folder / "figures" / "expansion.png")
         train_all(ctx, expansion, labelled)
         nets = {stage: net.state_dict() for stage, net in ctx.nets.items()}
-        more = {"nets": nets, "encoder": encoder.state_dict(), "seconds": ctx.seconds}
+        more = {"nets": nets, "encoder": encoder.state_dict(), "levels": ctx.levels}
+        more["seconds"] = ctx.seconds
         data.save_checkpoint(folder / "best.pt", METHOD, args, mark, **more)
     rows, pred = evaluate(ctx, test, mask)
     data.print_table(rows)

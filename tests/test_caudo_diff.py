@@ -90,6 +90,25 @@ def test_the_label_that_calibration_changes_least_counts(monkeypatch):
     torch.testing.assert_close((way[:, -1:] > 0.5).float(), dark(ctx, "exemplar", img))
 
 
+def test_the_level_is_the_lowest_that_explains_nearly_as_much_as_the_best(monkeypatch):
+    torch.manual_seed(0)
+    ramp = torch.linspace(-8, 8, 64).expand(2, 1, 48, 64)
+    img = (torch.where(ramp > 1, 60, 180) + 9 * torch.randn(2, 3, 48, 64)).round().to(torch.uint8)
+    x, mask = img.float() / 255, ramp > 1
+    y = caudo_diff.opponent(x)
+    left, right = (y[..., part].flatten(2) for part in (~mask[0, 0, 0], mask[0, 0, 0]))
+    between = y.flatten(2).var(2, unbiased=False).sum(1)
+    for part in (left, right):
+        between = between - part.var(2, unbiased=False).sum(1) * part.shape[2] / (48 * 64)
+    expected = between / y.flatten(2).var(2, unbiased=False).sum(1)
+    torch.testing.assert_close(caudo_diff.variance_explained(x, mask), expected)
+    assert caudo_diff.variance_explained(x, ramp > 9).tolist() == [0, 0]
+    monkeypatch.setattr(caudo_diff, "segment", lambda ctx, stage, img: ramp.sigmoid())
+    ctx = SimpleNamespace(levels={})
+    caudo_diff.choose_level(ctx, "caudo_diff_3", img)
+    assert 0 < ctx.levels["caudo_diff_3"] <= 1
+
+
 def test_other_masks_are_never_read_in_training(tmp_path):
     root = segmentation_folder(tmp_path / "set", n=6)
     flags = ["--data", "folder", "--data-root", root, "--exemplar", "img0", "--no-compare", "--out"]
