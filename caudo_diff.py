@@ -442,7 +442,8 @@ def choose_level(ctx, stage, images):
     """
 
     def explained(img):
-        x, logits = img.float() / 255, torch.logit(segment(ctx, stage, img), 1e-4).cpu()
+        x = img.to(ctx.args.device).float() / 255
+        logits = torch.logit(segment(ctx, stage, img), 1e-4)
         return torch.stack([variance_explained(x, logits > level) for level in LEVELS], 1)
 
     scores = batched(explained, images).mean(0)  # (levels,)

@@ -104,7 +104,7 @@ def test_the_level_is_the_lowest_that_explains_nearly_as_much_as_the_best(monkey
     torch.testing.assert_close(caudo_diff.variance_explained(x, mask), expected)
     assert caudo_diff.variance_explained(x, ramp > 9).tolist() == [0, 0]
     monkeypatch.setattr(caudo_diff, "segment", lambda ctx, stage, img: ramp.sigmoid())
-    ctx = SimpleNamespace(levels={})
+    ctx = SimpleNamespace(levels={}, args=SimpleNamespace(device="cpu"))
     caudo_diff.choose_level(ctx, "caudo_diff_3", img)
     assert 0 < ctx.levels["caudo_diff_3"] <= 1
 
