@@ -74,8 +74,8 @@ FACTOR, LATENT = 4, 8  # pixels per latent, a side, and a latent's channels (our
 SIZES = (1, 1.5, 2 / 3, 1 / 2, 1 / 3)  # of an image, at which it is labelled and calibrated (ours)
 GUIDES = (4, 8, 16)  # strides of a pretrained encoder whose features guide the diffusion (ours)
 LEVELS = [k / 2 for k in range(-8, 9)]  # logits tried as the level where masks end (ours)
-WIDE = 0.97  # share of the variance explained at best to which masks are widened (ours)
-POOL = 600  # at most so many images are labelled in a round, to bound its time (ours)
+WIDE = 0.97  # share of the most variance that masks, widened, shall still explain (ours)
+POOL = 600  # at most so many images are labelled in a round or set a level: bounds time (ours)
 ROWS = ["exemplar_copied", "exemplar_only", "self_training"]
 ROWS += ["caudo_diff", "caudo_diff_crf", "full_supervision"]
 
@@ -169,10 +169,10 @@ def variance_explained(x, mask):
     x (B, 3, H, W) in [0, 1], mask (B, 1, H, W) bool; 0 where it is empty or full.
     """
     y, inside = opponent(x).flatten(2), mask.flatten(2).float()  # (B, 3, N), (B, 1, N)
-    share = inside.mean(2)  # (B, 1)
-    apart = (y * inside).mean(2) - y.mean(2) * share  # (B, 3): covariance of colour and mask
+    y, share = y - y.mean(2, keepdim=True), inside.mean(2)  # (B, 3, N), (B, 1)
+    apart = (y * inside).mean(2)  # (B, 3): covariance of colour and mask
     between = apart.square().sum(1) / (share * (1 - share)).clamp(min=1e-9)[:, 0]
-    return between / y.var(2, unbiased=False).sum(1).clamp(min=1e-9)  # Eq. 9
+    return between / y.square().mean(2).sum(1).clamp(min=1e-9)  # Eq. 9
 
 
 def guide(x, p, features):
@@ -428,7 +428,8 @@ def consensus(masks):
 
 @torch.no_grad()
 def segment(ctx, stage, img):
-    """Probabilities (B, 1, H, W) of images uint8 (B, 3, H, W) by the segmenter of a stage."""
+    """Probabilities (B, 1, H, W) of images uint8 (B, 3, H, W) by the segmenter of a stage, shifted
+    so that its masks end at 1/2."""
     features = ctx.encoder(img.to(ctx.args.device).float() / 255)  # float32
     with autocast(ctx.args):
         return (ctx.nets[stage](features) - ctx.levels.get(stage, 0)).sigmoid()
@@ -437,8 +438,8 @@ def segment(ctx, stage, img):
 def choose_level(ctx, stage, images):
     """Choose the level of a stage's masks by the colours of unlabelled images, uint8 (N, 3, H, W).
 
-    Masks of one level explain more of the colours' variance than those of another. Annotators draw
-    wider than where that is most: the lowest level counts that still explains WIDE of the most.
+    Annotators draw wider than the masks that explain most of the colours' variance: the lowest
+    level counts that still explains WIDE of the most.
     """
 
     def explained(img):
@@ -447,7 +448,8 @@ def choose_level(ctx, stage, images):
         return torch.stack([variance_explained(x, logits > level) for level in LEVELS], 1)
 
     scores = batched(explained, images).mean(0)  # (levels,)
-    ctx.levels[stage] = LEVELS[(scores >= WIDE * scores.max()).nonzero()[0].item()]
+    if scores.max() > 0:  # something is found
+        ctx.levels[stage] = LEVELS[(scores >= WIDE * scores.max()).nonzero()[0].item()]
 
 
 @torch.no_grad()
