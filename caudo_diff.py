@@ -172,7 +172,7 @@ def variance_explained(x, mask):
     y, share = y - y.mean(2, keepdim=True), inside.mean(2)  # (B, 3, N), (B, 1)
     apart = (y * inside).mean(2)  # (B, 3): covariance of colour and mask
     between = apart.square().sum(1) / (share * (1 - share)).clamp(min=1e-9)[:, 0]
-    return between / y.square().mean(2).sum(1).clamp(min=1e-9)  # Eq. 9
+    return between / y.square().mean(2).sum(1).clamp(min=1e-9)  # Eq. 9 [G]
 
 
 def guide(x, p, features):
