@@ -140,6 +140,7 @@ def parse_flags(parser, argv, method):
 
     Returns the flags and, as `command`, the command line that trains or trained. Raises DataError
     if the checkpoint cannot be used or a given flag differs from it: that would be another run.
+    But data may lie elsewhere now, and --predict takes --amp from its own device.
     """
 
     def parse():
@@ -164,14 +165,14 @@ def parse_flags(parser, argv, method):
     if "nets" not in saved and not args.resume:
         raise DataError(f"{path} is not the best.pt of a finished run; name that, or --resume it")
     saved = saved["args"]
-    free = FREE | {"amp"} if args.predict else FREE  # the device may be another
+    free = FREE | {"amp"} if args.predict else FREE
     kept = {name: value for name, value in saved.items() if name not in free}
     parser.set_defaults(**kept)
     args = parse()
     args.command = saved["command"]
     for name, was in kept.items():
         now = getattr(args, name)
-        if now != was and name != "data_root":  # data may move; their fingerprint is compared
+        if now != was and name != "data_root":  # the data's fingerprint is compared instead
             if name == "size":
                 was, now = (f"{w}x{h}" for h, w in (was, now))
             flag = name.replace("_", "-")
@@ -710,10 +711,10 @@ def _class_folders(name, root, split):
         raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
     sources = []
     for path in find_images(root / split):
-        name, *deeper = path.relative_to(root / split).parts
-        if not deeper:
+        folder, *inside = path.relative_to(root / split).parts
+        if not inside:
             raise DataError(f"{path}: lies in no folder of a class; move it into one")
-        sources.append((path, classes.index(name)))
+        sources.append((path, classes.index(folder)))
     for label in sorted(set(range(len(classes))) - {label for _, label in sources}):
         raise DataError(f"{root / split / classes[label]}: no image here; add one")
     if split == "train":

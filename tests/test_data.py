@@ -82,14 +82,14 @@ def test_checkpoints_describe_themselves(tmp_path, monkeypatch):
 
 def test_a_run_does_not_replace_that_of_another_root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for root in ("a/mine", "a/mine", "b/mine"):
-        args = diffseg.parse_args(["--data", "folder", "--data-root", root])
-        folder = data.run_folder(diffseg.METHOD, args)
-        if root == "b/mine":
-            with pytest.raises(data.DataError, match="a/mine, which would go; give an --out"):
-                data.fresh_folder(folder, args)
-        else:
-            data.fresh_folder(folder, args)
+    roots = ("a/mine", "b/mine")
+    a, b = (diffseg.parse_args(["--data", "folder", "--data-root", root]) for root in roots)
+    folder = data.run_folder(diffseg.METHOD, a)
+    assert folder == data.run_folder(diffseg.METHOD, b)
+    data.fresh_folder(folder, a)
+    data.fresh_folder(folder, a)
+    with pytest.raises(data.DataError, match="a/mine, which would go; give an --out"):
+        data.fresh_folder(folder, b)
 
 
 def test_bf16_only_where_it_is_not_emulated_and_cpu_checkpoints_on_a_gpu(tmp_path, monkeypatch):
