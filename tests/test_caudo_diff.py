@@ -109,6 +109,21 @@ def test_the_level_is_the_lowest_that_explains_nearly_as_much_as_the_best(monkey
     assert 0 < ctx.levels["caudo_diff_3"] <= 1
 
 
+def test_one_object_is_the_hull_of_the_central_piece():
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    far = (x - 34).hypot(y - 26)
+    disc, other = far < 12, (x - 6).hypot(y - 40) < 5
+    ring = disc & (far > 6) & ((x > 34) | ((y - 26).abs() > 3))  # a part is missing, and its middle
+    triangle = (x > 20) & (y > 15) & (x - 20 + y - 15 < 20)
+    edges = triangle & ((x < 22) | (y < 17))  # two of its sides; their hull is all of it
+    p = torch.stack([ring | other, edges, disc, other, disc & other])[:, None] * 0.9
+    hulls = torch.stack([disc, triangle, disc, other, disc & other])[:, None]
+    found = caudo_diff.one_object(p)
+    assert (caudo_diff.overlap_metrics(found, hulls)["dice"] > 0.97).all()
+    assert (found[1:] | ~hulls[1:]).all()  # 24 half-planes hold the hull
+    torch.testing.assert_close(caudo_diff.one_object(p.flip(3)), found.flip(3))
+
+
 def test_other_masks_are_never_read_in_training(tmp_path):
     root = segmentation_folder(tmp_path / "set", n=6)
     flags = ["--data", "folder", "--data-root", root, "--exemplar", "img0", "--no-compare", "--out"]
