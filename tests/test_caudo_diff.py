@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, result, run, same_weights, segmentation_folder
+from conftest import TINY, best, result, run, same_weights, segmentation_folder
 
 import caudo_diff
 import diffseg
@@ -111,17 +111,31 @@ def test_the_level_is_the_lowest_that_explains_nearly_as_much_as_the_best(monkey
 
 def test_one_object_is_the_hull_of_the_central_piece():
     y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
-    far = (x - 34).hypot(y - 26)
-    disc, other = far < 12, (x - 6).hypot(y - 40) < 5
-    ring = disc & (far > 6) & ((x > 34) | ((y - 26).abs() > 3))  # a part is missing, and its middle
+    far = (x - 38).hypot(y - 22)
+    disc, rival, freckle = far < 10, (x - 9).hypot(y - 36) < 11, (x - 24).hypot(y - 28) < 1
+    ring = disc & (far > 5) & ((x > 38) | ((y - 22).abs() > 3))  # its middle and a part missing
     triangle = (x > 20) & (y > 15) & (x - 20 + y - 15 < 20)
     edges = triangle & ((x < 22) | (y < 17))  # two of its sides; their hull is all of it
-    p = torch.stack([ring | other, edges, disc, other, disc & other])[:, None] * 0.9
-    hulls = torch.stack([disc, triangle, disc, other, disc & other])[:, None]
+    p = torch.stack([ring | rival | freckle, edges, rival, disc & rival])[:, None] * 0.9
+    hulls = torch.stack([disc, triangle, rival, disc & rival])[:, None]  # the last one is empty
     found = caudo_diff.one_object(p)
     assert (caudo_diff.overlap_metrics(found, hulls)["dice"] > 0.97).all()
     assert (found[1:] | ~hulls[1:]).all()  # 24 half-planes hold the hull
-    torch.testing.assert_close(caudo_diff.one_object(p.flip(3)), found.flip(3))
+
+
+@pytest.mark.parametrize("convex", [True, False])
+def test_rows_of_a_convex_exemplar_are_convex(convex, monkeypatch):
+    ring = torch.zeros(1, 1, 48, 64, dtype=torch.bool)
+    ring[..., 14:34, 20:44], ring[..., 20:28, 28:36] = True, False
+    monkeypatch.setattr(caudo_diff, "segment", lambda ctx, stage, img: ring * 0.9)
+    nets = {"self_training_1": None, "caudo_diff_1": None, "full_supervision": None}
+    ctx = SimpleNamespace(args=SimpleNamespace(rounds=1), nets=nets, convex=convex)
+    test = SimpleNamespace(images=torch.zeros(1, 3, 48, 64, dtype=torch.uint8), masks=ring)
+    rows, pred = caudo_diff.evaluate(ctx, test, ring[0])
+    same = {row: values["dice"] == 1 for row, values in rows.items()}
+    assert same["exemplar_copied"] and same["full_supervision"]
+    assert same["self_training"] == same["caudo_diff"] == (not convex)
+    assert pred[0, 0, 24, 32] == convex
 
 
 def test_other_masks_are_never_read_in_training(tmp_path):
@@ -132,6 +146,7 @@ def test_other_masks_are_never_read_in_training(tmp_path):
         path.unlink()
     assert run(caudo_diff, *TINY[caudo_diff], *flags, tmp_path / "one") == 0
     assert same_weights(tmp_path / "six", tmp_path / "one")
+    assert torch.load(best(tmp_path / "one"), weights_only=True)["convex"]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
