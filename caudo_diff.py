@@ -20,7 +20,7 @@ calibrated label agree, and labels again.
 
 mine/ holds <train|test>/{images,masks}/*. Dice on test images, on a CPU, seed 0: synthetic (128
 images, one exemplar, four minutes) 0.898, self-training 0.869, all masks 0.921; a subset of ISIC,
-128 x 96 px, pretrained features (300 images, three exemplars, 15 minutes each) 0.860, 0.793, 0.891.
+128 x 96 px, pretrained features (300 images, three exemplars, 16 minutes each) 0.860, 0.793, 0.891.
 
 Deviations, or what we chose where no details are public (docs/caudo_diff.md says more):
 D1  "Guided" is: classifier-free guidance (Eq. 7) by pixels, label and the features of a pretrained
