@@ -550,11 +550,6 @@ def crf_refine(p, img):
     return crf(unary_from_softmax(torch.cat([1 - p, p], 1)), img)[:, 1:]
 
 
-def final_masks(ctx, p):
-    """Masks (B, 1, H, W) bool of probabilities p: one convex object each, if the exemplar's is."""
-    return one_object(p) if ctx.convex else p > 0.5
-
-
 def predict(ctx, folder):
     """Segment images; each gets a mask, overlay and probability PNG in its own size."""
     shape = ", each one convex object like the exemplar's" if ctx.convex else ""
@@ -563,7 +558,7 @@ def predict(ctx, folder):
     for photo in data.images_to_predict(ctx.args.predict, ctx.args.size):
         p = soft = segment(ctx, stage, photo.small[None]).cpu()  # (1, 1, H, W)
         if ctx.convex:  # smoothed, or else its steps would be enlarged too
-            soft = F.avg_pool2d(final_masks(ctx, p).float(), 3, 1, 1, count_include_pad=False)
+            soft = F.avg_pool2d(one_object(p).float(), 3, 1, 1, count_include_pad=False)
         p, soft = data.enlarge(torch.cat([p, soft], 1)[0], photo)  # (h, w)
         mask = soft > 0.5
         overlay = data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0))
@@ -593,8 +588,9 @@ def evaluate(ctx, test, mask):
         elif row == "caudo_diff_crf":
             probs[row] = batched(crf_refine, probs["caudo_diff"], test.images)
     masks = {row: p > 0.5 for row, p in probs.items()}
-    for row in probs.keys() - {"exemplar_copied", "full_supervision"}:  # whose shapes are given
-        masks[row] = batched(partial(final_masks, ctx), probs[row])
+    if ctx.convex:
+        for row in probs.keys() - {"exemplar_copied", "full_supervision"}:  # of their own shapes
+            masks[row] = batched(one_object, probs[row])
     return {row: means(pred, truth) for row, pred in masks.items()}, masks["caudo_diff"]
 
 
@@ -954,8 +950,8 @@ def load_run(args, folder, mark=None):
     state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, mark)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
-    more = {}, state["seconds"], {}, state["levels"], state["convex"]
-    ctx = Context(args, folder, mark, encoder, *more)
+    known = {name: state[name] for name in ("seconds", "levels", "convex")}
+    ctx = Context(args, folder, mark, encoder, nets={}, labels={}, **known)
     for stage, weights in state["nets"].items():
         ctx.nets[stage] = build(ctx, stage).eval()
         ctx.nets[stage].load_state_dict(weights)
