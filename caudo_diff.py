@@ -502,7 +502,7 @@ def label_sizes(ctx, img, method="caudo_diff"):
     """Steps 2, 3, 5 of images uint8 (B, 3, H, W): p0 and its way to p1, (B, 1 + len(TIMES), H, W).
 
     Of the labels at several sizes of an image that counts which calibration changes least (D4).
-    The row colour_edges calibrates by Eq. 4 alone, in one step: it tells what diffusion is worth.
+    The row colour_edges calibrates by Eq. 4 alone, to tell what diffusion is worth: p0 and p1.
     """
     size, ways, agreements = img.shape[2:], [], []
     sizes = [[round(side * factor / 8) * 8 for side in size] for factor in SIZES]
@@ -526,7 +526,7 @@ def label_sizes(ctx, img, method="caudo_diff"):
 def label(ctx, method, r, images):
     """Labels of up to POOL images in round r: indices, p0 and p1 (n, 1, H, W).
 
-    They are by the segmenter of the round before. Only in round 1 some methods calibrate them.
+    They are by the segmenter of the round before; caudo_diff and colour_edges calibrate round 1.
     """
     if r == 1 and method in ctx.labels:
         return ctx.labels[method]
