@@ -1,13 +1,15 @@
 """PEPL: semi-supervised fine-grained classification with CAM-refined pseudo-labels.
 
 Paper: PEPL, https://arxiv.org/abs/2409.03192. The idea in five lines: each image shows one class,
-a few are labelled with theirs; the network labels the others itself and learns from the labels it
-is sure of. First (phase I) as they are; later (phase II) also with a box of one image pasted into
-another: each of the two labels weighs as much as the class activation map says of its object is
-still to be seen, so that it keeps the detail on which fine-grained classes differ.
+a few are labelled with theirs; the network labels the others itself (here with their neighbours'
+help, D11) and learns from the labels it is sure of. First (phase I) as they are; later (phase II)
+also with a box of one image pasted into another: each of the two labels weighs as much as the class
+activation map says of its object is still to be seen, so that the details count on which
+fine-grained classes differ.
 
-    image a ----------------weak--> EMA net --> class y_a, map S_a; kept if sure enough; so is b
-    image a --------------strong--> net --> Q   CE(Q, y_a)
+    all images -------------------> EMA net --> q, spread among neighbours --> class y of each
+    image a ----------------weak--> EMA net --> map S_a of class y_a; S_b likewise
+    image a --------------strong--> net --> Q   CE(Q, y_a) if y_a is sure enough
     a, a box of b in it --strong--> net --> Q'  rho_a CE(Q', y_a) + rho_b CE(Q', y_b)
     rho_a: share of S_a outside the box in a; rho_b: share of S_b in the box that is cut from b
 
@@ -28,11 +30,14 @@ D4  Eqs. 3 and 4 start at means over some 512 unlabelled images, not at 1/C, whi
 D5  q gets the labelled images' class shares [ReMixMatch], for FixMatch too. They are then p in
     Eq. 5: with as many labels of each class all classes have the global threshold.
 D6  Images that are not kept count as 0 in the mean of Eq. 7 and are left out of batch and mixing.
-D7  FreeMatch is phase I for ever (without its fairness term), CutMix has areas for semantic shares.
+D7  FreeMatch is phase I for ever, with neither neighbours nor its fairness term; unmixed is PEPL's
+    phase I for ever; CutMix has areas for semantic shares.
 D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
 D9  Labelled images are augmented as strongly as the others.
 D10 Phase II sees an image in two views, the second mixed for --mix-share of the images: from the
     mixes alone pretrained networks learned less.
+D11 Labels are not read off one weak view, but for FixMatch and FreeMatch: what the network says of
+    all images spreads among those of like features (our Eq. 9), anew every twentieth of the steps.
 """
 
 import copy
@@ -58,12 +63,13 @@ import data
 from data import DataError, number, whole
 
 METHOD = "pepl"
-METHODS = ["supervised", "fixmatch", "freematch", "cutmix", "pepl"]
+METHODS = ["supervised", "fixmatch", "freematch", "unmixed", "cutmix", "pepl"]
 DATA_SETS = ["synthetic", "folder", "cub200", "aircraft", "flowers102", "pets"]
 NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
 NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
 SHARES = ["accuracy", "accuracy of kept", "share kept"]  # of pseudo-labels, for the log
 MIXING = ["cutmix", "pepl"]  # the methods that have a phase II
+NEIGHBOURS = ["unmixed", *MIXING]  # those that ask the neighbours of an image
 BETA, EMA = 0.99, 0.995  # what thresholds and the EMA network keep of themselves at a step
 TAU = 0.95  # FixMatch's fixed threshold
 
@@ -156,8 +162,24 @@ def class_thresholds(tau, p):
 
 def align(q, p, prior):
     """Distribution alignment [ReMixMatch]: q (B, C) of mean p (C,) gets the mean prior (C,)."""
-    q = q * prior / p
+    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0, of a class that no image has
     return q / q.sum(1, keepdim=True)
+
+
+def propagate(q, features, k=8, own=0.1, times=10):
+    """What each image and its k nearest say together, (N, C): after label propagation [Iscen 2019].
+
+    q (N, C): what is said of each image by itself. features (N, K): pooled, not negative. Own share
+    and k are the best of a few on unlabelled images of 100 species of CUB.
+    """
+    z = features.sqrt()  # no single strong feature decides who is near
+    z = F.normalize(z - z.mean(0), dim=1)
+    k = min(k, len(z) - 1)
+    near = torch.cat([(z_b @ z.T).topk(k + 1).indices[:, 1:] for z_b in z.split(1024)])  # (N, k)
+    together = q
+    for _ in range(times):
+        together = own * q + (1 - own) * together[near].mean(1)  # Eq. 9, ours
+    return together
 
 
 def random_boxes(b, size, alpha=5.0):
@@ -339,12 +361,18 @@ def look(net, x, args):
     return logits.softmax(1), features
 
 
-def classify(net, images, args):
-    """Probabilities (N, C), on the CPU, of the middle of uint8 images (N, 3, H0, W0)."""
+def describe(net, images, args):
+    """Probabilities (N, C) and pooled features (N, K) of the middle of uint8 (N, 3, H0, W0)."""
     top, left = ((n - m) // 2 for n, m in zip(images.shape[2:], args.size, strict=True))
     images = images[:, :, top : top + args.size[0], left : left + args.size[1]]  # (N, 3, H, W)
-    batches = (x.to(args.device).float() / 255 for x in images.split(128))
-    return torch.cat([look(net, x, args)[0].cpu() for x in batches])
+    batches = (look(net, x.to(args.device).float() / 255, args) for x in images.split(128))
+    pairs = [(q, F.relu(features.float()).mean((2, 3))) for q, features in batches]
+    return tuple(map(torch.cat, zip(*pairs, strict=True)))
+
+
+def classify(net, images, args):
+    """Probabilities (N, C), on the CPU, of uint8 images (N, 3, H0, W0)."""
+    return describe(net, images, args)[0].cpu()
 
 
 @torch.no_grad()
@@ -456,7 +484,7 @@ def strong_augment(x):
 
 
 def pseudo_label(method, q, tau, p, prior):
-    """Phase I: labels (B,) int64 of images of which a network says q (B, C); which to keep (B,)."""
+    """Phase I: labels (B,) int64 of images of which q (B, C) is said; which to keep (B,)."""
     if method != "supervised":
         q, p = align(q, p, prior), prior  # ours: prior is what q is expected to be now, see D5
     confidence, y = q.max(1)
@@ -464,18 +492,33 @@ def pseudo_label(method, q, tau, p, prior):
     return y, confidence >= limits
 
 
-def mix_batch(method, x, y, features, head, args):
-    """Phase II: mix a share of x (B, 3, H, W), labels y (B,), with one another: (views, Target).
+def ask_neighbours(net, images, labels, split, prior, args):
+    """Probabilities (N, C) of all training images after asking their neighbours, see D11."""
+    labelled, unlabelled = split
+    q, features = describe(net, images, args)
+    q = align(q, q[unlabelled].mean(0), prior)
+    q[labelled] = F.one_hot(labels[labelled], len(prior)).float()
+    q = propagate(q, features)
+    q = align(q, q[unlabelled].mean(0), prior) ** 3  # sharper, a mean of many is never sure
+    return q / q.sum(1, keepdim=True)
 
-    features (B, K, h, w) and head: of the network that gave the labels.
-    """
+
+def say(net, images, i, spread, args):
+    """Probabilities (B, C) from which training images i get their labels."""
+    return spread[i] if len(spread) else describe(net, images[i], args)[0]
+
+
+def mix_batch(method, x, y, net, args):
+    """Phase II: mix a share of x (B, 3, H, W), labels y (B,), by maps of net: (views, Target)."""
     b = len(x)
     partner = torch.arange(b, device=x.device).roll(1)
     box1, box2 = (random_boxes(b, args.size) for _ in range(2))
     box1[torch.rand(b) >= args.mix_share] = 0  # an empty box: not mixed
-    maps = percent_map(cam(features, head.weight, y, args.size))
     if method == "cutmix":  # every pixel counts alike: labels weigh as much as their area
-        maps = torch.full_like(maps, 1 / (args.size[0] * args.size[1]))
+        maps = x.new_full((b, *args.size), 1 / (args.size[0] * args.size[1]))
+    else:
+        _, features = look(net, x, args)  # (B, K, h, w)
+        maps = percent_map(cam(features, net.head.weight, y, args.size))
     mix, rho_a, rho_b = semantic_mix(x, maps, partner, box1.to(x.device), box2.to(x.device))
     return mix, Target(y, y[partner], rho_a, rho_b)
 
@@ -531,9 +574,10 @@ def train(method, train_set, split, args, folder, mark):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     parts = {"net": net, "ema": ema, "opt": opt, "rates": rates}
     p = torch.full((n_classes,), 1 / n_classes)  # (C,)
-    state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p}
+    state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p, "spread": p[:0]}
     state |= data.resume(last, METHOD, args, mark, parts)
     tau, p, log = state["tau"].to(args.device), state["p"].to(args.device), state["log"]
+    spread = state["spread"].to(args.device)  # what neighbours said, (N, C), or empty
     images, labels = train_set.images.to(args.device), train_set.labels.to(args.device)
     labelled, unlabelled = (i.to(args.device) for i in split)
     prior = labels[labelled].bincount(minlength=n_classes) / len(labelled)  # (C,)
@@ -541,28 +585,30 @@ def train(method, train_set, split, args, folder, mark):
     watched = watched[:: max(1, len(watched) // 512)]  # 512 or some more
     forward = torch.compile(net) if args.compile else net
     first = math.ceil(args.warm_up * args.steps)  # step of phase I
+    renew = max(3, args.steps // 20)  # steps until neighbours are asked again
     begin, steps = time.time() - state["seconds"], range(state["step"], args.steps)
     for step in tqdm(steps, f"train {method}", args.steps, initial=state["step"], disable=None):
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
         x = [strong_augment(weak_augment(images[i], args.size))]  # (B, 3, H, W)
         y_l = labels[i]
-        if step == first:  # what the network says now is where Eqs. 3 and 4 start, see D4
-            q = classify(ema, images[watched], args).to(args.device)
-            tau, p = update_thresholds(tau, p, q, beta=0)
+        if method in NEIGHBOURS and step >= first and (step - first) % renew == 0:  # see D11
+            spread = ask_neighbours(ema, images, labels, (labelled, unlabelled), prior, args)
+        if step == first:  # what is said now is where Eqs. 3 and 4 start, see D4
+            tau, p = update_thresholds(tau, p, say(ema, images, watched, spread, args), beta=0)
         kept = False
         if method != "supervised" and step >= first:
             i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,)).to(args.device)]
             x_u = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
-            q, features = look(ema, x_u, args)  # (mu B, C), (mu B, K, h, w)
+            q = spread[i] if len(spread) else look(ema, x_u, args)[0]  # (mu B, C)
             tau, p = update_thresholds(tau, p, q, BETA)
             y, keep = pseudo_label(method, q, tau, p, prior)
             kept = keep.any()
         if kept:  # the others teach nothing
-            x_u, y, features = x_u[keep], y[keep], features[keep]
+            x_u, y = x_u[keep], y[keep]
             x.append(strong_augment(x_u))
             target_u = Target(y, y, torch.ones_like(q[keep, 0]), torch.zeros_like(q[keep, 0]))
             if method in MIXING and step >= args.mix_start * args.steps:  # see D10
-                mix, mixed = mix_batch(method, x_u, y, features, ema.head, args)
+                mix, mixed = mix_batch(method, x_u, y, ema, args)
                 x.append(strong_augment(mix))
                 target_u = Target(*map(torch.cat, zip(target_u, mixed, strict=True)))
         with autocast(args):
@@ -579,13 +625,13 @@ def train(method, train_set, split, args, folder, mark):
         rates.step()
         update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # forgets the start
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            q = classify(ema, images[watched], args).to(args.device)
+            q = say(ema, images, watched, spread, args)
             y, keep = pseudo_label(method, q, tau, p, prior)
             keep &= step >= first  # before that nothing is
             row = [loss, *label_shares(y, keep, labels[watched]), tau]
             log.append([step + 1, *(round(x.item(), 4) for x in row)])
             more = {"step": step + 1, "seconds": time.time() - begin, "log": log}
-            more |= {"tau": tau, "p": p}
+            more |= {"tau": tau, "p": p, "spread": spread}
             state = data.save_checkpoint(last, METHOD, args, mark, parts, **more)
             with open(folder / f"log_{method}.csv", "w", newline="") as file:
                 csv.writer(file).writerows([["step", "loss", *SHARES, "tau"], *log])

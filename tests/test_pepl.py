@@ -70,6 +70,41 @@ def test_pseudo_labels_of_each_method():
     assert keep("pepl", [0.6, 0.4], [0.5, 0.5]) == [True, False, False]  # 0.73, 0.5, 0.69
 
 
+def test_neighbours_against_loops_and_outvote_a_wrong_label():
+    torch.manual_seed(0)
+    features, q = torch.rand(12, 6), torch.rand(12, 3)
+    z = features.sqrt() - features.sqrt().mean(0)
+    like = F.cosine_similarity(z[:, None], z[None], dim=2)
+    want = q
+    for _ in range(4):
+        near = [sorted(set(range(12)) - {i}, key=lambda j: -like[i, j])[:3] for i in range(12)]
+        want = torch.stack([0.2 * q[i] + 0.8 * want[near[i]].mean(0) for i in range(12)])
+    torch.testing.assert_close(pepl.propagate(q, features, k=3, own=0.2, times=4), want)
+    few = pepl.propagate(q[:4], features[:4])  # of fewer images than neighbours are asked for
+    assert few.shape == (4, 3) and few.isfinite().all()
+
+    kind = torch.arange(1200) % 3  # more than a chunk
+    features = F.one_hot(kind, 3) + 0.3 * torch.rand(1200, 3)
+    q = F.one_hot(torch.where(torch.rand(1200) < 0.2, (kind + 1) % 3, kind), 3).float()
+    assert (pepl.propagate(q, features).argmax(1) == kind).float().mean() > 0.97
+
+
+def test_labels_reach_alike_images_and_hidden_ones_do_not(monkeypatch):
+    torch.manual_seed(0)
+    kind, split = torch.arange(30) % 3, (torch.arange(9), torch.arange(9, 30))
+    said, features = torch.rand(30, 3).softmax(1), F.one_hot(kind, 3) + 0.3 * torch.rand(30, 3)
+    monkeypatch.setattr(pepl, "describe", lambda *_: (said, features))
+
+    def ask(labels, prior):
+        return pepl.ask_neighbours(None, None, labels, split, torch.tensor(prior), None)
+
+    hidden = torch.where(torch.arange(30) < 9, kind, -1)
+    q = ask(hidden, [1 / 3] * 3)
+    assert torch.equal(q, ask(kind, [1 / 3] * 3)) and (q.argmax(1) == kind).all()
+    torch.testing.assert_close(q.sum(1), torch.ones(30))
+    assert ask(hidden % 2, [0.5, 0.5, 0]).isfinite().all()  # a class without a labelled image
+
+
 def test_semantic_mix_against_brute_force_and_changes_nothing_else():
     torch.manual_seed(0)
     x, maps = torch.rand(5, 3, 8, 12), pepl.percent_map(torch.randn(5, 8, 12))
@@ -95,7 +130,7 @@ def test_mixing_a_batch_leaves_some_images_alone(method):
     args = pepl.parse_args([*TINY[pepl], "--mix-share", "0.5"])
     torch.manual_seed(0)
     x, y, net = torch.rand(63, 3, 16, 16), torch.arange(63) % 9, pepl.Classifier(args, 9)
-    mix, target = pepl.mix_batch(method, x, y, net(x)[1], net.head, args)
+    mix, target = pepl.mix_batch(method, x, y, net.eval(), args)
     assert target.y_a is y and (target.y_b != y).all()
     alike = (mix == x).flatten(1).all(1)
     assert 10 < alike.sum() < 54 and (target.rho_a[alike] == 1).all()

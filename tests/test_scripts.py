@@ -37,7 +37,7 @@ def test_a_run_writes_its_table_and_figure_and_eval_only_repeats_them(script, tr
 
 
 @pytest.mark.parametrize(
-    "script, at, steps", [(diffseg, 12, 18), (pepl, 30, 30), (caudo_diff, 24, 60)], ids=name
+    "script, at, steps", [(diffseg, 12, 18), (pepl, 36, 36), (caudo_diff, 24, 60)], ids=name
 )
 def test_resume_equals_an_unbroken_run(script, at, steps, trained, tmp_path, monkeypatch):
     whole, update, calls = trained(script), script.update_ema, []

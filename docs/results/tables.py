@@ -26,6 +26,7 @@ NAMES = {
     "fixmatch": "FixMatch",
     "freematch": "FreeMatch",
     "pepl": "PEPL",
+    "unmixed": "PEPL without mixing",
     "cutmix": "PEPL, area weights (CutMix)",
     "exemplar_copied": "exemplar's mask, copied",
     "exemplar_only": "exemplar only",
