@@ -1,6 +1,6 @@
 """PEPL: semi-supervised fine-grained classification with CAM-refined pseudo-labels.
 
-Paper: PEPL, https://arxiv.org/abs/2409.03192. The idea in five lines: each image shows one class,
+Paper: PEPL, https://arxiv.org/abs/2409.03192. The idea: each image shows one class,
 a few are labelled with theirs; the network labels the others itself (here with their neighbours'
 help, D11) and learns from the labels it is sure of. First (phase I) as they are; later (phase II)
 also with a box of one image pasted into another: each of the two labels weighs as much as the class
@@ -36,8 +36,9 @@ D8  No checkpoint is selected: the EMA weights of the last step count, for every
 D9  Labelled images are augmented as strongly as the others.
 D10 Phase II sees an image in two views, the second mixed for --mix-share of the images: from the
     mixes alone pretrained networks learned less.
-D11 Labels are not read off one weak view, but for FixMatch and FreeMatch: what the network says of
-    all images spreads among those of like features (our Eq. 9), anew every twentieth of the steps.
+D11 Labels come from one weak view only for FixMatch and FreeMatch. Otherwise what the network says
+    of all images, and the true labels, spread among images of like features (our Eq. 9), anew
+    after every twentieth of the steps.
 """
 
 import copy
@@ -162,15 +163,14 @@ def class_thresholds(tau, p):
 
 def align(q, p, prior):
     """Distribution alignment [ReMixMatch]: q (B, C) of mean p (C,) gets the mean prior (C,)."""
-    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0, of a class that no image has
+    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0, without a labelled image
     return q / q.sum(1, keepdim=True)
 
 
 def propagate(q, features, k=8, own=0.1, times=10):
     """What each image and its k nearest say together, (N, C): after label propagation [Iscen 2019].
 
-    q (N, C): what is said of each image by itself. features (N, K): pooled, not negative. Own share
-    and k are the best of a few on unlabelled images of 100 species of CUB.
+    q (N, C): what is said of each image by itself. features (N, K): pooled, not negative.
     """
     z = features.sqrt()  # no single strong feature decides who is near
     z = F.normalize(z - z.mean(0), dim=1)
@@ -371,7 +371,7 @@ def describe(net, images, args):
 
 
 def classify(net, images, args):
-    """Probabilities (N, C), on the CPU, of uint8 images (N, 3, H0, W0)."""
+    """Probabilities (N, C), on the CPU, of the middle of uint8 images (N, 3, H0, W0)."""
     return describe(net, images, args)[0].cpu()
 
 
@@ -484,7 +484,7 @@ def strong_augment(x):
 
 
 def pseudo_label(method, q, tau, p, prior):
-    """Phase I: labels (B,) int64 of images of which q (B, C) is said; which to keep (B,)."""
+    """Phase I: labels (B,) int64 from q (B, C); which of them to keep (B,)."""
     if method != "supervised":
         q, p = align(q, p, prior), prior  # ours: prior is what q is expected to be now, see D5
     confidence, y = q.max(1)
@@ -504,7 +504,7 @@ def ask_neighbours(net, images, labels, split, prior, args):
 
 
 def say(net, images, i, spread, args):
-    """Probabilities (B, C) from which training images i get their labels."""
+    """What neighbours said of training images i or, unasked, the network says: (B, C)."""
     return spread[i] if len(spread) else describe(net, images[i], args)[0]
 
 
@@ -585,7 +585,7 @@ def train(method, train_set, split, args, folder, mark):
     watched = watched[:: max(1, len(watched) // 512)]  # 512 or some more
     forward = torch.compile(net) if args.compile else net
     first = math.ceil(args.warm_up * args.steps)  # step of phase I
-    renew = max(3, args.steps // 20)  # steps until neighbours are asked again
+    renew = max(3, args.steps // 20)  # steps until neighbours are asked again: 3 in very short runs
     begin, steps = time.time() - state["seconds"], range(state["step"], args.steps)
     for step in tqdm(steps, f"train {method}", args.steps, initial=state["step"], disable=None):
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
