@@ -36,9 +36,9 @@ D8  No checkpoint is selected: the EMA weights of the last step count, for every
 D9  Labelled images are augmented as strongly as the others.
 D10 Phase II sees an image in two views, the second mixed for --mix-share of the images: from the
     mixes alone pretrained networks learned less.
-D11 Labels come from one weak view only for FixMatch and FreeMatch. Otherwise what the network says
-    of all images, and the true labels, spread among images of like features (our Eq. 9), anew
-    after every twentieth of the steps.
+D11 With --pretrained, labels come from one weak view for FixMatch and FreeMatch only. Else what the
+    network says of all images, and the true labels, spread among images of like features (our
+    Eq. 9), anew after every twentieth of the steps. From scratch features know too little for it.
 """
 
 import copy
@@ -100,6 +100,7 @@ def parse_args(argv=None):
     add("--freeze", type=whole(0), default=0, help="0: train all; K: not the stem and K stages")
     add("--stride", type=int, default=16, choices=[16, 32], help="px a cell of the maps; tiny: 6")
     add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
+    add("--neighbours", type=whole(0), default=0, help="how many each image asks; 0: none, see D11")
     add("--mix-start", type=share, default=0.6, help="share of steps before mixing starts")
     add("--mix-share", type=share, default=0.5, help="share of second views that are then mixed")
     add("--validate", action="store_true", help="to choose flags: a fifth of train is the test")
@@ -110,7 +111,7 @@ def parse_args(argv=None):
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
     if args.pretrained:  # chosen on training images of 100 species of CUB
         stages = 5 if args.arch.startswith("eff") else 3  # all before the last that halves
-        p.set_defaults(steps=2100, lr_backbone=0.01, freeze=stages)
+        p.set_defaults(steps=2100, lr_backbone=0.01, freeze=stages, neighbours=8)
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, save_every=2)
     args = data.parse_flags(p, argv, METHOD)
@@ -167,7 +168,7 @@ def align(q, p, prior):
     return q / q.sum(1, keepdim=True)
 
 
-def propagate(q, features, k=8, own=0.1, times=10):
+def propagate(q, features, k, own=0.1, times=10):
     """What each image and its k nearest say together, (N, C): after label propagation [Iscen 2019].
 
     q (N, C): what is said of each image by itself. features (N, K): pooled, not negative.
@@ -498,7 +499,7 @@ def ask_neighbours(net, images, labels, split, prior, args):
     q, features = describe(net, images, args)
     q = align(q, q[unlabelled].mean(0), prior)
     q[labelled] = F.one_hot(labels[labelled], len(prior)).float()
-    q = propagate(q, features)
+    q = propagate(q, features, args.neighbours)
     q = align(q, q[unlabelled].mean(0), prior) ** 3  # sharper, a mean of many is never sure
     return q / q.sum(1, keepdim=True)
 
@@ -585,13 +586,14 @@ def train(method, train_set, split, args, folder, mark):
     watched = watched[:: max(1, len(watched) // 512)]  # 512 or some more
     forward = torch.compile(net) if args.compile else net
     first = math.ceil(args.warm_up * args.steps)  # step of phase I
+    asks = method in NEIGHBOURS and args.neighbours > 0
     renew = max(3, args.steps // 20)  # steps until neighbours are asked again: 3 in very short runs
     begin, steps = time.time() - state["seconds"], range(state["step"], args.steps)
     for step in tqdm(steps, f"train {method}", args.steps, initial=state["step"], disable=None):
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
         x = [strong_augment(weak_augment(images[i], args.size))]  # (B, 3, H, W)
         y_l = labels[i]
-        if method in NEIGHBOURS and step >= first and (step - first) % renew == 0:  # see D11
+        if asks and step >= first and (step - first) % renew == 0:  # see D11
             spread = ask_neighbours(ema, images, labels, (labelled, unlabelled), prior, args)
         if step == first:  # what is said now is where Eqs. 3 and 4 start, see D4
             tau, p = update_thresholds(tau, p, say(ema, images, watched, spread, args), beta=0)

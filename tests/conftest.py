@@ -15,7 +15,7 @@ import diffseg
 import pepl
 
 QUICK = ["--quick", "--device", "cpu", "--save-every", "4"]
-LATE = ["--warm-up", "0.3", "--mix-start", "0.4"]
+LATE = ["--warm-up", "0.3", "--mix-start", "0.4", "--neighbours", "3"]
 TINY = {  # flags of a run of seconds with all that a script has
     diffseg: [*QUICK, "--size", "32x16", "--width", "16"],
     pepl: [*QUICK, "--size", "16", "--amp", "off", *LATE, "--method", *pepl.METHODS],

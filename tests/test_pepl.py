@@ -80,13 +80,13 @@ def test_neighbours_against_loops_and_outvote_a_wrong_label():
         near = [sorted(set(range(12)) - {i}, key=lambda j: -like[i, j])[:3] for i in range(12)]
         want = torch.stack([0.2 * q[i] + 0.8 * want[near[i]].mean(0) for i in range(12)])
     torch.testing.assert_close(pepl.propagate(q, features, k=3, own=0.2, times=4), want)
-    few = pepl.propagate(q[:4], features[:4])  # of fewer images than neighbours are asked for
+    few = pepl.propagate(q[:4], features[:4], k=8)  # of fewer images than neighbours are asked for
     assert few.shape == (4, 3) and few.isfinite().all()
 
     kind = torch.arange(1200) % 3  # more than a chunk
     features = F.one_hot(kind, 3) + 0.3 * torch.rand(1200, 3)
     q = F.one_hot(torch.where(torch.rand(1200) < 0.2, (kind + 1) % 3, kind), 3).float()
-    assert (pepl.propagate(q, features).argmax(1) == kind).float().mean() > 0.97
+    assert (pepl.propagate(q, features, k=8).argmax(1) == kind).float().mean() > 0.97
 
 
 def test_labels_reach_alike_images_and_hidden_ones_do_not(monkeypatch):
@@ -94,9 +94,10 @@ def test_labels_reach_alike_images_and_hidden_ones_do_not(monkeypatch):
     kind, split = torch.arange(30) % 3, (torch.arange(9), torch.arange(9, 30))
     said, features = torch.rand(30, 3).softmax(1), F.one_hot(kind, 3) + 0.3 * torch.rand(30, 3)
     monkeypatch.setattr(pepl, "describe", lambda *_: (said, features))
+    args = pepl.parse_args(["--neighbours", "8"])
 
     def ask(labels, prior):
-        return pepl.ask_neighbours(None, None, labels, split, torch.tensor(prior), None)
+        return pepl.ask_neighbours(None, None, labels, split, torch.tensor(prior), args)
 
     hidden = torch.where(torch.arange(30) < 9, kind, -1)
     q = ask(hidden, [1 / 3] * 3)
