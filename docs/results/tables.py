@@ -3,9 +3,10 @@
     python docs/results/tables.py                         fills what stands between the markers
     python docs/results/tables.py out/pepl/mine/seed*/result.json   prints a table of your runs
 
-A marker names its records, relative to the repository, and perhaps another mapping than "rows":
+A marker names its records, relative to the repository, perhaps another mapping than "rows", and what
+the names of the rows that are shown end with:
 
-    <!-- table docs/results/caudo_diff_isic2018_*.json key=pseudo_labels --> ... <!-- end -->
+    <!-- table docs/results/pepl_cub100_seed*.json key=pseudo_labels end=2100 --> ... <!-- end -->
     <!-- summary --> ... <!-- end -->                           README's table, from SUMMARY
 """
 
@@ -92,13 +93,16 @@ def summary():
     return "\n".join(lines)
 
 
-def table(files, key="rows"):
-    """A markdown table, a row a method: means over records, the first metric with its deviation."""
+def table(files, key="rows", end=""):
+    """A markdown table, a row a method: means over records, the first metric with its deviation.
+
+    end: what the names of the rows that are shown end with.
+    """
     records = [json.loads(Path(file).read_text())[key] for file in files]
     metrics = list(next(iter(records[0].values())))
     heads = [NAMES.get(m, m.replace("_", " ")) for m in metrics]
     lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
-    for row in records[0]:
+    for row in [name for name in records[0] if name.endswith(end)]:
         values = [[record[row][m] for record in records] for m in metrics]
         cells = [f"{statistics.mean(v):.3f}" for v in values]
         if len(records) > 1:
@@ -112,9 +116,10 @@ def fill(text):
 
     def from_records(match):
         files = sorted(ROOT.glob(match[1]))
-        return f"{match[0].splitlines()[0]}\n{table(files, match[2] or 'rows')}\n<!-- end -->"
+        made = table(files, match[2] or "rows", match[3] or "")
+        return f"{match[0].splitlines()[0]}\n{made}\n<!-- end -->"
 
-    pattern = r"<!-- table (\S+)(?: key=(\S+))? -->\n.*?<!-- end -->"
+    pattern = r"<!-- table (\S+)(?: key=(\S+))?(?: end=(\S+))? -->\n.*?<!-- end -->"
     text = re.sub(pattern, from_records, text, flags=re.DOTALL)
     made = f"<!-- summary -->\n{summary()}\n<!-- end -->" if "<!-- summary -->" in text else ""
     return re.sub(r"<!-- summary -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
