@@ -3,8 +3,8 @@
     python docs/results/tables.py                         fills what stands between the markers
     python docs/results/tables.py out/pepl/mine/seed*/result.json   prints a table of your runs
 
-A marker names its records, relative to the repository, perhaps another mapping than "rows", and what
-the names of the rows that are shown end with:
+A marker names its records, relative to the repository, perhaps another mapping than "rows", and how
+the names of the rows end that are shown:
 
     <!-- table docs/results/pepl_cub100_seed*.json key=pseudo_labels end=2100 --> ... <!-- end -->
     <!-- summary --> ... <!-- end -->                           README's table, from SUMMARY
@@ -96,7 +96,7 @@ def summary():
 def table(files, key="rows", end=""):
     """A markdown table, a row a method: means over records, the first metric with its deviation.
 
-    end: what the names of the rows that are shown end with.
+    end: how the names of the rows end that are shown.
     """
     records = [json.loads(Path(file).read_text())[key] for file in files]
     metrics = list(next(iter(records[0].values())))
