@@ -15,11 +15,10 @@ fine-grained classes differ.
 
     python pepl.py                                        synthetic birds on a CPU, minutes
     python pepl.py --data folder --data-root mine --labels-per-class 4 --pretrained
-    python pepl.py --data cub200 --arch resnet50 --pretrained --size 448 --batch-size 8  (a GPU)
     python pepl.py --predict photo.jpg --checkpoint out/pepl/mine/seed0/best.pt
 
-mine/ holds <train|test>/<class>/* and, unless all of train is labelled and hidden by --labels,
-unlabelled/*. docs/pepl.md has the results.
+mine/ holds <train|test>/<class>/* and perhaps unlabelled/*; without that, --labels hides labels of
+train. docs/pepl.md has the results and a command for a GPU.
 
 Deviations from the paper (D), whose code is not public:
 D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
@@ -36,9 +35,9 @@ D8  No checkpoint is selected: the EMA weights of the last step count, for every
 D9  Labelled images are augmented as strongly as the others.
 D10 Phase II sees an image in two views, the second mixed for --mix-share of the images: from the
     mixes alone pretrained networks learned less.
-D11 With --pretrained, labels come from one weak view for FixMatch and FreeMatch only. Else what the
-    network says of all images, and the true labels, spread among images of like features (our
-    Eq. 9), anew after every twentieth of the steps. From scratch features know too little for it.
+D11 With --pretrained, what the network says of all images, and the true labels, spread among images
+    of like features (our Eq. 9), anew after every twentieth of the steps. Not for FixMatch and
+    FreeMatch, nor from scratch, where features know too little: labels come from a weak view.
 """
 
 import copy
@@ -100,7 +99,7 @@ def parse_args(argv=None):
     add("--freeze", type=whole(0), default=0, help="0: train all; K: not the stem and K stages")
     add("--stride", type=int, default=16, choices=[16, 32], help="px a cell of the maps; tiny: 6")
     add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
-    add("--neighbours", type=whole(0), default=0, help="how many each image asks; 0: none, see D11")
+    add("--neighbours", type=whole(0), default=0, help="how many each image asks; 0: none")
     add("--mix-start", type=share, default=0.6, help="share of steps before mixing starts")
     add("--mix-share", type=share, default=0.5, help="share of second views that are then mixed")
     add("--validate", action="store_true", help="to choose flags: a fifth of train is the test")
@@ -169,7 +168,7 @@ def align(q, p, prior):
 
 
 def propagate(q, features, k, own=0.1, times=10):
-    """What each image and its k nearest say together, (N, C): after label propagation [Iscen 2019].
+    """What each image and its k nearest say together, (N, C): label propagation, as [Iscen 2019].
 
     q (N, C): what is said of each image by itself. features (N, K): pooled, not negative.
     """
