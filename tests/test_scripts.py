@@ -7,6 +7,7 @@ from conftest import TINY, best, error_lines, result, run, same_weights, segment
 from PIL import Image
 
 import caudo_diff
+import data
 import diffseg
 import pepl
 
@@ -26,11 +27,18 @@ each_script = pytest.mark.parametrize("script", TINY, ids=name)
 
 
 @each_script
-def test_a_run_writes_its_table_and_figure_and_eval_only_repeats_them(script, trained, capsys):
+def test_a_run_writes_its_table_and_eval_only_repeats_it(script, trained, capsys, monkeypatch):
     found, path = result(out := trained(script)), best(out)
     assert list(found["rows"]) == ROWS[script] and found[MORE[script]]
     path.with_name("result.json").unlink()
+    seen = []
+    for name in ("load_segmentation", "load_classification"):
+        load = getattr(data, name)
+        monkeypatch.setattr(
+            data, name, lambda *a, load=load, **k: seen.append(a[2]) or load(*a, **k)
+        )
     assert run(script, "--eval-only", "--checkpoint", path, "--device", "cpu") == 0
+    assert seen == ["test"]
     assert result(out) == found
     figure = capsys.readouterr().out.split("Open ")[-1].strip()
     assert Image.open(figure).width > 400
@@ -67,7 +75,7 @@ def test_predict_draws_in_the_photographs_own_size(script, trained, tmp_path, ca
     assert run(script, *flags) == 2
     b, c = error_lines(capsys)
     assert "b.png" in b and "c.png" in c
-    drawn = sorted(tmp_path.rglob("a_*.png"))
+    drawn = sorted(tmp_path.rglob(f"{tmp_path.name}/a_*.png"))
     assert " ".join(p.stem[2:] for p in drawn) == PICTURES[script]
     assert all(Image.open(p).size == (60, 40) for p in drawn)
     for mask in tmp_path.rglob("a_mask.png"):
