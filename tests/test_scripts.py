@@ -1,5 +1,8 @@
 """What all three scripts do by their command lines: train, evaluate, go on, predict, refuse."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +115,13 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(script, tmp_path, monkeyp
     monkeypatch.setattr(script, LOSSES[script], lambda *_: torch.tensor(torch.nan))
     assert run(script, *TINY[script], "--out", tmp_path) == 2
     assert "loss is nan" in error_lines(capsys)[0]
+
+
+def test_readmes_snippet_segments_a_photograph(trained, tmp_path):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    readme = (Path(data.__file__).parent / "README.md").read_text()
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "best.pt" in x)
+    code = code.replace("photo.jpg", str(tmp_path / "a.png"))
+    code = code.replace("out/diffseg/synthetic/seed0/best.pt", str(best(trained(diffseg))))
+    exec(code, found := {})
+    assert found["mask"].shape == (1, 1, 16, 32) and found["mask"].dtype == torch.bool

@@ -1,6 +1,6 @@
 """Makes the tables of README.md and docs/*.md from the records beside this file.
 
-    python docs/results/tables.py                         fills what stands between the markers
+    python docs/results/tables.py                         fills the tables between the markers
     python docs/results/tables.py out/pepl/mine/seed*/result.json   prints a table of your runs
 
 A marker names its records, relative to the repository, perhaps another mapping than "rows", and how
@@ -42,55 +42,55 @@ NAMES = {
     "ged": "GED",
 }
 
-# README's table, a row a method: what is labelled, the command, where it fails, the metric, and its
-# result, baseline and ceiling, each a row of the records of that name.
-SUMMARY = [
-    (
-        "DiffSeg",
-        "48 tagged tiles an image",
-        "`python diffseg.py --data isic2018`",
-        "pen, pale lesions",
+# README's table, a row a method: the metric and, for each column, its cells (records, row of their
+# tables, name); None where nothing was recorded yet.
+COLUMNS = ["the paper's method", "with our additions", "controls", "ceiling"]
+ISIC, BIRDS, EXEMPLARS = "diffseg_isic2018_seed*", "pepl_cub100_seed*", "caudo_diff_isic2018_*"
+SUMMARY = {
+    "DiffSeg": (
         "dice",
-        ("diffseg_isic2018_seed*", "diffseg_student"),
-        ("diffseg_isic2018_seed*", "otsu"),
-        ("diffseg_isic2018_seed*", "unet"),
+        [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
+        [(ISIC, "diffseg_student", "student")],
+        [None],
+        [(ISIC, "unet", "U-Net, all masks")],
     ),
-    (
-        "PEPL",
-        "4 a class",
-        "`python pepl.py --data folder --labels-per-class 4 --pretrained`",
-        "mixing",
+    "PEPL": (
         "accuracy",
-        ("pepl_cub100_seed*", "pepl"),
-        ("pepl_cub100_seed*", "supervised"),
-        ("pepl_cub100_all_labels_seed*", "supervised"),
+        [None],
+        [(BIRDS, "pepl", "with label propagation")],
+        [(BIRDS, "freematch", "FreeMatch"), (BIRDS, "supervised", "labelled images alone")],
+        [("pepl_cub100_all_labels_seed*", "supervised", "all labels")],
     ),
-    (
-        "Caudo-Diff",
-        "1 image",
-        "`python caudo_diff.py --data isic2018`",
-        "diffusion, ink",
+    "Caudo-Diff": (
         "dice",
-        ("caudo_diff_isic2018_*", "caudo_diff"),
-        ("caudo_diff_isic2018_*", "self_training"),
-        ("caudo_diff_isic2018_*", "full_supervision"),
+        [None],
+        [(EXEMPLARS, "caudo_diff", "with colour edges, convex")],
+        [
+            (EXEMPLARS, "self_training", "self-training"),
+            (EXEMPLARS, "colour_edges", "no diffusion"),
+        ],
+        [(EXEMPLARS, "full_supervision", "all masks")],
     ),
-]
-
-
-def mean(files, row, metric):
-    records = [json.loads(path.read_text()) for path in ROOT.glob(f"docs/results/{files}.json")]
-    return statistics.mean(record["rows"][row][metric] for record in records)
+}
 
 
 def summary():
-    """README's table: result, baseline and ceiling of each method, means over its records."""
-    lines = ["| method | you label | command | result / baseline / ceiling | fails on |"]
-    lines.append("| --- " * 5 + "|")
-    for method, labels, command, fails, metric, *rows in SUMMARY:
-        numbers = " / ".join(f"{mean(*row, metric):.3f}" for row in rows)
-        lines.append("| " + " | ".join([method, labels, command, numbers, fails]) + " |")
+    """README's table: means over the records of each method."""
+    lines = [" | ".join(["| method", *COLUMNS]) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for method, (metric, *columns) in SUMMARY.items():
+        cells = [", ".join(cell(x, metric) for x in column) for column in columns]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines)
+
+
+def cell(entry, metric):
+    """The mean of a metric over the records of an entry, with its name; a dash for None."""
+    if entry is None:
+        return "—"
+    files, row, name = entry
+    records = [json.loads(path.read_text()) for path in ROOT.glob(f"docs/results/{files}.json")]
+    mean = statistics.mean(record["rows"][row][metric] for record in records)
+    return f"{mean:.3f} ({name})"
 
 
 def table(files, key="rows", end=""):

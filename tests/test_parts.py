@@ -1,0 +1,52 @@
+"""Every part in docs/parts.md works alone, with the other names and imports of its row."""
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HOME = Path(__file__).parents[1]
+ROWS = [
+    row.split("|")[1:-1]
+    for row in (HOME / "docs/parts.md").read_text().splitlines()
+    if "`" in row and row[0] == "|"
+]
+PARTS = {names[0]: names for names in ([cell.strip("` ") for cell in row] for row in ROWS)}
+
+
+def source(tree, name):
+    """The definition of a name at the top level of a file."""
+    (node,) = (x for x in tree.body if getattr(x, "name", None) == name)
+    return ast.unparse(node)
+
+
+def calls(part, tmp_path):
+    """Call a part on small tensors; returns whether the result is as it should be."""
+    img = torch.rand(2, 3, 16, 24)
+    masks = (torch.rand(2, 4, 16, 24) > 0.5).float()
+    if part.__name__ == "DenseCRF":
+        q = part(2)(-torch.rand(2, 3, 16, 24).log(), 255 * img)
+        return torch.allclose(q.sum(1), torch.ones(2, 16, 24))
+    if part.__name__ == "ged":
+        return torch.allclose(part(masks, masks), torch.zeros(2), atol=1e-6)
+    if part.__name__ == "augment":
+        return [x.shape for x in part(img, masks)] == [img.shape, masks.shape]
+    if part.__name__ == "efficientnet_lite0":
+        return part(pretrained=False)(img[:, :, :, :16].repeat(1, 1, 2, 2)).shape == (2, 1000)
+    part(["title"], [("row", [(np.zeros((8, 8, 3), np.uint8), "caption")])], tmp_path / "sheet.png")
+    return (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_works_alone(name, tmp_path):
+    _, file, what, others, imports = PARTS[name]
+    tree, namespace = ast.parse((HOME / file).read_text()), {}
+    others = re.findall(r"\w+", others)
+    code = [source(tree, x) for x in (*others, name)]
+    assert what and len(others) <= 3 and "args" not in code[-1]
+    assert all(re.search(rf"\b{x}\b", "".join(code[i + 1 :])) for i, x in enumerate(others))
+    exec("\n".join([*re.split("`, `", imports), *code]), namespace)
+    assert calls(namespace[name], tmp_path)
