@@ -124,11 +124,6 @@ def parse_device(text):
     return text
 
 
-def absolute_path(text):
-    """argparse type: a path that means the same from every directory."""
-    return os.path.abspath(text)
-
-
 def bf16_is_fast(device):
     """Whether this device, such as "cpu" or "cuda:1", computes in bfloat16 without emulating it."""
     if device.startswith("cuda"):
@@ -148,12 +143,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def make_parser(script, doc):
     """An argument parser with the flags that all scripts share; each script adds its own."""
-    parser = argparse.ArgumentParser(
-        script, description=doc.split("\n")[0], formatter_class=HelpFormatter
-    )
+    parser = argparse.ArgumentParser(script, description=doc.split("\n")[0])
+    parser.formatter_class = HelpFormatter
     add = parser.add_argument
     where = "folder that holds, or will receive, the data set"
-    add("--data-root", type=absolute_path, default="data", help=where)
+    add("--data-root", type=os.path.abspath, default="data", help=where)
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all random numbers")
     add("--device", type=parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", choices=["on", "off"], help="bf16 autocast; by default on where it is fast")
@@ -230,15 +224,11 @@ def run_folder(method, args):
 def refuse_to_replace(folder, checkpoints, args):
     """Raise DataError if a new run would replace an earlier one, unless that is asked for."""
     if checkpoints and not (args.overwrite or args.quick):
-        finished = folder / "best.pt" in checkpoints
-        kind, resume = (
-            ("a finished", "repeats its evaluation")
-            if finished
-            else ("an unfinished", "continues it")
-        )
-        again = ", --eval-only computes its table again" if finished else ""
-        other = "--overwrite replaces it, --out FOLDER starts a run elsewhere"
-        raise DataError(f"{folder.resolve()} holds {kind} run: --resume {resume}{again}, {other}")
+        found = "an unfinished run: --resume continues it"
+        if folder / "best.pt" in checkpoints:
+            found = "a finished run: --resume and --eval-only compute its table again"
+        other = "--overwrite replaces it, --out FOLDER puts the new run elsewhere"
+        raise DataError(f"{folder.resolve()} holds {found}, {other}")
 
 
 def fresh_folder(folder):
@@ -417,9 +407,10 @@ def read_mask(path, image):
         if mask.size != upright:
             why = f"its size {mask.size} differs from that of its image {image}, {upright}"
             raise DataError(f"{path}: {why}; save both upright and of one size")
-        # Only of an oblong image on its side does the size tell that the mask was drawn upright.
-        told = mask_turned == 1 and turned > 4 and upright[0] != upright[1]
-        if mask_turned != turned and not told:
+        # If the image is stored on its side and is not square, the size shows that the mask is
+        # upright. Otherwise a mask without the tag may be upright, or stored like its image.
+        size_decides = mask_turned == 1 and turned > 4 and upright[0] != upright[1]
+        if mask_turned != turned and not size_decides:
             why = f"its EXIF orientation is {mask_turned}, that of its image {image} {turned}"
             raise DataError(f"{path}: {why}; save both upright, without this tag")
         return torch.from_numpy(_binary(mask, path, lossy))[None]  # (1, H, W)
@@ -503,23 +494,11 @@ def _comparable(name):
     return unicodedata.normalize("NFC", name).casefold()
 
 
-class Decoded(NamedTuple):
-    """What the cache keeps of one image, or of the masks of one image."""
-
-    pixels: torch.Tensor
-    digest: str  # hash of the bytes of its files
-    vanished: bool  # an object in a mask was too small for the size
-
-
-def _digest(paths):
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
 def _decode_all(key, sources, decode, root, workers):
-    """Decode sources, tuples of paths, in threads, by decode(*paths) -> Decoded.
+    """Decode sources, tuples of paths, in threads; decode(*paths) returns pixels and a flag.
 
-    Returns the pixels (N, ...), the digests and what vanished, lists. They are cached in the file
-    `<root>/.cache/<key>.pt`, for as long as names, sizes and times of the files stay the same.
+    Returns the pixels (N, ...), the flags and a fingerprint of the files' contents. All are cached
+    in `<root>/.cache/<key>.pt` for as long as the files keep their names, sizes and times.
     """
     cache, listing = root / ".cache" / f"{key}.pt", [CACHE_FORMAT]
     for path in (path for paths in sources for path in paths):
@@ -529,43 +508,36 @@ def _decode_all(key, sources, decode, root, workers):
     with contextlib.suppress(Exception):  # no cache, or a broken one (torch raises all kinds)
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["listing"] == listing:
-            return saved["pixels"], saved["digests"], saved["vanished"]
+            return saved["pixels"], saved["flags"], saved["fingerprint"]
 
     def try_to_decode(paths):
         try:
-            return decode(*paths)
+            x, flag = decode(*paths)
+            return x, flag, [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         except (DataError, OSError) as error:
             return error
 
-    pixels, digests, vanished, errors = None, [], [], []
+    pixels, flags, contents, errors = None, [], [], []
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(try_to_decode, sources)
-        for x in progress(results, f"decoding {key}", len(sources), unit="image"):
-            if isinstance(x, Exception):
-                errors += str(x).splitlines()
-                continue
-            if pixels is None:  # filled one by one: a list would need twice the memory
-                pixels = x.pixels.new_empty(len(sources), *x.pixels.shape)
-            pixels[len(digests)] = x.pixels
-            digests.append(x.digest)
-            vanished.append(x.vanished)
+        for result in progress(results, f"decoding {key}", len(sources), unit="image"):
+            if isinstance(result, Exception):
+                errors += str(result).splitlines()
+            else:
+                x, flag, content = result
+                if pixels is None:  # filled one by one: a list would need twice the memory
+                    pixels = x.new_empty(len(sources), *x.shape)
+                pixels[len(flags)] = x
+                flags.append(flag)
+                contents.append(content)
     raise_all(errors)
+    state = {"pixels": pixels, "flags": flags, "fingerprint": fingerprint(contents)}
     try:
         cache.parent.mkdir(exist_ok=True)
-        content = {"pixels": pixels, "digests": digests, "vanished": vanished}
-        _save({"listing": listing, **content}, cache)
+        _save({"listing": listing, **state}, cache)
     except (DataError, OSError) as error:  # a read-only folder, a full disk
         print(f"warning: {error}; images are decoded again next time", file=sys.stderr)
-    return pixels, digests, vanished
-
-
-def _decode_images(key, paths, size, root, workers):
-    """Images (N, 3, H, W) and the digests of their files."""
-
-    def decode(path):
-        return Decoded(read_image(path, size), _digest([path]), False)
-
-    return _decode_all(key, [(path,) for path in paths], decode, root, workers)[:2]
+    return pixels, flags, state["fingerprint"]
 
 
 def _existing(root):
@@ -595,23 +567,18 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
     def decode(image, *paths):
         masks = [read_mask(path, image) for path in paths]
         small = [shrink_mask(mask, size) for mask in masks]
-        pairs = zip(masks, small, strict=True)
-        vanished = any(mask.any() and not x.any() for mask, x in pairs)
-        return Decoded(torch.cat(small), _digest(paths), vanished)  # (R, H, W)
+        vanished = any(x.any() and not y.any() for x, y in zip(masks, small, strict=True))
+        return torch.cat([read_image(image, size), *small]), vanished  # (3 + R, H, W)
 
-    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(sources)}"
-    paths = [image for image, *_ in sources]
-    images, digests = _decode_images(f"{key}-images", paths, size, root, workers)
-    masks = images.new_empty(len(sources), 0, *size)
-    if not images_only:
-        masks, more, vanished = _decode_all(f"{key}-masks", sources, decode, root, workers)
-        digests += more
-        if any(vanished):
-            what = f"{sum(vanished)} of {len(ids)} masks are empty at {size[1]}x{size[0]} pixels"
-            first = sources[vanished.index(True)][1]
-            say_once(f"{first}: {what}, as this one: their objects are too small; raise --size")
-    marks = fingerprint([_comparable(i) for i in ids], digests)
-    return SegmentationSet(name, ids, images, masks, marks)
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(ids)}" + "-images" * images_only
+    pixels, vanished, contents = _decode_all(key, sources, decode, root, workers)
+    if any(vanished):
+        what = f"{sum(vanished)} of {len(ids)} masks are empty at {size[1]}x{size[0]} pixels"
+        first = sources[vanished.index(True)][1]
+        say_once(f"{first}: {what}, as this one: their objects are too small; raise --size")
+    names = [_comparable(name) for name in ids]
+    images, masks = pixels[:, :3], pixels[:, 3:]
+    return SegmentationSet(name, ids, images, masks, fingerprint(names, contents))
 
 
 def load_mask(name, root, split, image_id, size):
@@ -658,9 +625,8 @@ def find_pairs(name, root, split, masked=None):
         folder, raters = base / "images", [base / "masks"]
         numbered = sorted(p for p in base.glob("masks_*") if re.fullmatch(r"masks_\d+", p.name))
         if numbered and raters[0].is_dir():
-            raise DataError(
-                f"{base}: holds both masks/ and {numbered[0].name}/; remove one of them"
-            )
+            both = f"holds both masks/ and {numbered[0].name}/"
+            raise DataError(f"{base}: {both}; remove one of them")
         raters = numbered or raters
     found = match_names(folder, raters if masked != [] else [], masked)
     if to_draw:
@@ -737,8 +703,8 @@ def load_classification(name, root, split, size, limit=None, workers=8):
         n = BIRDS_COUNTS[split]
         images, labels = synthetic_birds(n, size, seed=n)
         step = max(1, n // (limit or n))
-        mark = fingerprint(name, split, n, step, size)
-        return ClassificationSet(images[::step], labels[::step], BIRD_CLASSES, mark)
+        images, labels = images[::step], labels[::step]
+        return ClassificationSet(images, labels, BIRD_CLASSES, fingerprint(split, step, size))
     root = _existing(root)
     sources, classes = (_cub200 if name == "cub200" else _class_folders)(root, split)
     if len(classes) < 2:
@@ -746,9 +712,14 @@ def load_classification(name, root, split, size, limit=None, workers=8):
     sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
     paths, labels = zip(*sources, strict=True)
     key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
-    images, digests = _decode_images(key, paths, size, root, workers)
-    mark = fingerprint(digests, labels, [_comparable(c) for c in classes])
-    return ClassificationSet(images, torch.tensor(labels), classes, mark)
+
+    def decode(path):
+        return read_image(path, size), False
+
+    images, _, contents = _decode_all(key, [(path,) for path in paths], decode, root, workers)
+    names = [_comparable(name) for name in classes]
+    found = fingerprint(contents, labels, names)
+    return ClassificationSet(images, torch.tensor(labels), classes, found)
 
 
 def _class_folders(root, split):
@@ -768,10 +739,10 @@ def _class_folders(root, split):
     for here, there, place in ((train, test, "test"), (test, train, "train")):
         missing = [root / place / here[name][0].name for name in here if name not in there]
         raise_all([f"{path}: this class is missing; add or remove it" for path in missing])
-    few = [x for x in (*train.values(), *test.values()) if len(x[1]) < 1 + drawn]
-    raise_all(
-        [f"{x[0]}: {len(x[1])} images, but each class needs {1 + drawn}; add some" for x in few]
-    )
+    least = 2 if drawn else 1
+    sizes = {path: len(images) for path, images in (*train.values(), *test.values())}
+    few = [f"{path}: {n} images" for path, n in sizes.items() if n < least]
+    raise_all([f"{line}, but each class needs {least}; add some" for line in few])
     labels = {name: label for label, name in enumerate(train)}
     found = train if split == "train" else test
     sources = [(path, labels[name]) for name in found for path in found[name][1]]
@@ -846,12 +817,8 @@ def label_split(labels, fraction=None, per_class=None, seed=0, classes=None):
         take[(share - take).argsort(descending=True, stable=True)[:missing]] += 1
     few = [c for c in range(len(counts)) if take[c] > counts[c]]
     names = classes or range(len(counts))
-    raise_all(
-        [
-            f"class {names[c]!r}: {counts[c]} training images, not {take[c]}; label fewer"
-            for c in few
-        ]
-    )
+    has = [f"class {names[c]!r} has {counts[c]} training images, not {take[c]}" for c in few]
+    raise_all([f"{line}: label fewer, or add images" for line in has])
     generator = torch.Generator().manual_seed(seed)
     labelled = torch.zeros(len(labels), dtype=torch.bool)
     for c in counts.nonzero()[:, 0].tolist():
@@ -1091,17 +1058,17 @@ def enlarge(x, photo):
 def predict_images(paths, size, folder, predict):
     """Predict on images and folders of images; writes pictures and predictions.csv to a folder.
 
-    predict(photo) returns pictures {kind: array uint8} and findings {column: value}. The picture of
-    one kind of holiday/sub/a.jpg is <folder>/holiday/sub/a_<kind>.png if the path given was
-    holiday, and <folder>/a_<kind>.png if it was the file itself. Nothing of another image is
-    overwritten: a name that is taken gets a number. predictions.csv has a row for each image, also
-    of earlier runs. A file that cannot be used does not stop the others: one DataError comes last.
+    predict(photo) returns pictures {kind: array uint8} and findings {column: value}. A picture of
+    holiday/sub/a.jpg is <folder>/holiday/sub/a_<kind>.png if holiday was given, or
+    <folder>/a_<kind>.png if the file itself was given. Names that belong to another image get a
+    number, so that nothing is overwritten. predictions.csv has a row for each image, with those of
+    earlier runs. Files that cannot be used do not stop the others: one DataError comes last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table = folder / "predictions.csv"
-    rows, owners = _read_predictions(table)  # {name of the results: row}, {name: path}
-    errors = []
-    files = _files_to_predict(paths, owners, errors)  # {image: name of the results}
+    table, errors = folder / "predictions.csv", []
+    rows = _read_predictions(table)  # {name of the results: row}
+    files = _name_results(paths, rows, errors)  # {image: name of its results}
+    written = time.monotonic()
     try:
         for path, name in progress(files.items(), "predict", len(files), unit="image"):
             try:
@@ -1110,75 +1077,77 @@ def predict_images(paths, size, folder, predict):
                 errors += error.args
                 continue
             pictures, findings = predict(photo)
-            row = {"file": path}
+            results = {kind: f"{name}_{kind}.png" for kind in pictures}
             for kind, pixels in pictures.items():
-                row[kind] = f"{name}_{kind}.png"
-                save_png(pixels, folder / row[kind])
-            rows[name] = {column: str(value) for column, value in (row | findings).items()}
-            columns = list(rows[name])
-            if columns != list(next(iter(rows.values()))):
+                save_png(pixels, folder / results[kind])
+            rows[name] = {"file": path, **results, **findings}
+            if rows[name].keys() != next(iter(rows.values())).keys():
+                del rows[name]
                 why = "was written for another network; move it away or give another --out"
                 raise DataError(f"{table.resolve()}: {why}")
-            with open(table, "a", newline="", **TEXT) as file:  # kept whatever happens next
-                lines = csv.DictWriter(file, columns)
-                if file.tell() == 0:
-                    lines.writeheader()
-                lines.writerow(rows[name])
+            if time.monotonic() - written > 10:  # seconds
+                _write_predictions(table, rows)
+                written = time.monotonic()
     finally:
-        if rows:  # once more without rows that were replaced
-            text = io.StringIO(newline="")
-            lines = csv.DictWriter(text, list(next(iter(rows.values()))))
-            lines.writeheader()
-            lines.writerows(rows.values())
-            write_text(table, text.getvalue())
+        _write_predictions(table, rows)
     raise_all(errors)
 
 
 def _read_predictions(table):
-    """Rows {name of the results: row} of predictions.csv, and who owns a name {name: path}."""
-    rows, owners = {}, {}
-    if table.exists():
-        with open(table, newline="", **TEXT) as file:
-            for row in csv.DictReader(file):
-                first_picture = list(row.values())[1]
-                name = first_picture.rsplit("_", 1)[0]
-                rows[name] = row
-                owners[name.casefold()] = row["file"]
-                top, *inside = PurePosixPath(name).parts
-                if inside:  # top stands for a folder that was given
-                    owners[top.casefold()] = str(Path(row["file"]).parents[len(inside) - 1])
-    return rows, owners
+    """Rows of predictions.csv {name of the results: row}; the name is that of the pictures."""
+    if not table.exists():
+        return {}
+    with open(table, newline="", **TEXT) as file:
+        rows = list(csv.DictReader(file))
+    return {list(row.values())[1].rsplit("_", 1)[0]: row for row in rows}
 
 
-def _files_to_predict(paths, owners, errors):
-    """{image: name of its results} of files and folders; owners and errors are added to."""
+def _write_predictions(table, rows):
+    if rows:
+        text = io.StringIO(newline="")
+        lines = csv.DictWriter(text, next(iter(rows.values())).keys())
+        lines.writeheader()
+        lines.writerows(rows.values())
+        write_text(table, text.getvalue())
+
+
+def _name_results(paths, rows, errors):
+    """{image: name of its results} for files and folders; rows are those of earlier runs.
+
+    What cannot be used is added to errors.
+    """
+    owners = {}  # {name, in lower case: the file or folder whose results have it}
+    for name, row in rows.items():
+        top, *inside = PurePosixPath(name).parts
+        owners[name.casefold()] = row["file"]
+        if inside:  # top stands for a folder that was given
+            owners[top.casefold()] = str(Path(row["file"]).parents[len(inside) - 1])
+
+    def free_name(name, path):  # path owns it from now on
+        free, number = name, 1
+        while owners.setdefault(free.casefold(), path) != path:
+            number += 1
+            free = f"{name}_{number}"
+        return free
+
     files = {}
-    for given in map(absolute_path, paths):
+    for given in map(os.path.abspath, paths):
         if not os.path.isdir(given):
-            files[given] = _free_name(Path(given).stem, given, owners)
+            files[given] = free_name(Path(given).stem, given)
             continue
-        top, found = _free_name(Path(given).name or "root", given, owners), 0
-        for path in find_images(Path(given)):
-            inside = path.relative_to(given)
-            parents = (Path(given, parent) for parent in inside.parents)
-            if any((parent / "predictions.csv").exists() for parent in parents):
-                say_once(f"{given}: pictures of earlier predictions are left out")
-                continue
-            found += 1
-            name = f"{top}/{inside.with_suffix('').as_posix()}"
-            files[str(path)] = _free_name(name, str(path), owners)
-        if not found:
+        images = find_images(Path(given))
+        earlier = {path.parent for path in Path(given).rglob("predictions.csv")}
+        fresh = [path for path in images if not earlier & {*path.parents}]
+        if len(fresh) < len(images):
+            say_once(f"{given}: {len(images) - len(fresh)} pictures of predictions are left out")
+        if not fresh:
             errors.append(f"--predict {given}: no image in this folder")
+            continue
+        top = free_name(Path(given).name or "root", given)
+        for path in fresh:
+            inside = path.relative_to(given).with_suffix("").as_posix()
+            files[str(path)] = free_name(f"{top}/{inside}", str(path))
     return files
-
-
-def _free_name(name, path, owners):
-    """name, or with a number if another path owns that; path owns the result from now on."""
-    free, number = name, 1
-    while owners.setdefault(free.casefold(), path) != path:
-        number += 1
-        free = f"{name}_{number}"
-    return free
 
 
 # ==================================================================================================

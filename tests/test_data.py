@@ -152,19 +152,19 @@ def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     assert first.ids == ["a", "b", "c"] and torch.equal(first.images[1], read(image, SIZE))
     monkeypatch.setattr(data, "read_image", lambda *a: seen.append(a) or read(*a))
     monkeypatch.chdir(tmp_path)
-    again = load("set")  # with masks too no image is decoded twice
-    assert not seen and torch.equal(again.images, first.images) and again.masks.any()
-    assert len(load("set", limit=2)) == len(seen) == 2  # and no more than asked for
+    assert len(load("set").masks) == len(seen) == 3  # cached with their masks
+    assert torch.equal(load("set", images_only=True).images, first.images) and len(seen) == 3
+    assert len(load("set", limit=2)) == 2 and len(seen) == 5  # and no more than asked for
     save(image, NOISE[7])
     changed = load("set")
-    assert len(seen) == 5 and not torch.equal(changed.images[1], first.images[1])
-    cache = tmp_path / "set/.cache/folder-val-24x16-3-images.pt"
+    assert len(seen) == 8 and not torch.equal(changed.images[1], first.images[1])
+    cache = tmp_path / "set/.cache/folder-val-24x16-3.pt"
     whole = cache.read_bytes()
     cache.unlink()  # not in place: the old file is still mapped
     cache.write_bytes(whole[:-500])
-    assert torch.equal(load("set").images, changed.images) and len(seen) == 8
+    assert torch.equal(load("set").images, changed.images) and len(seen) == 11
     monkeypatch.setattr(data, "CACHE_FORMAT", 0)  # of another version of the code
-    assert load("set").ids and len(seen) == 11
+    assert load("set").ids and len(seen) == 14
 
 
 def test_fingerprints_are_of_contents(tmp_path):
@@ -331,7 +331,7 @@ def test_label_split_is_stratified_and_seeded():
     assert not torch.equal(labelled, data.label_split(labels, fraction=0.1, seed=2)[0])
     assert labels[data.label_split(labels, per_class=3)[0]].bincount().tolist() == [3, 3, 3]
     with pytest.raises(
-        data.DataError, match=r"class '10': 3 .*not 4"
+        data.DataError, match=r"class '10' has 3 .*not 4"
     ):  # folders, as text: 1, 11, 10
         data.label_split(labels, per_class=4, classes=["1", "11", "10"])
     many = torch.arange(200).repeat_interleave(30)[:5994]  # of CUB: 4.5 a class

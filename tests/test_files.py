@@ -309,7 +309,7 @@ def test_predictions_never_overwrite_another_picture(tmp_path, capsys):
     assert masks["y/A/sub/1.png"] == "A_2/sub/1_2_mask.png"
     assert masks["A.png"] == "A_3_mask.png" and masks["y/A/2.png"] == "A_2/2_mask.png"
     assert len(predict(tmp_path, folder=out)) == 13  # not of the predictions
-    assert "earlier predictions are left out" in capsys.readouterr().err
+    assert "pictures of predictions are left out" in capsys.readouterr().err
 
 
 def test_predictions_go_on_after_bad_files_and_keep_names_that_are_not_utf8(tmp_path):
