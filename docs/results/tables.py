@@ -1,10 +1,10 @@
 """Makes the tables of README.md and docs/*.md from the records beside this file.
 
-    python docs/results/tables.py                         fills the tables between the markers
+    python docs/results/tables.py                                   updates the tables of all pages
     python docs/results/tables.py out/pepl/mine/seed*/result.json   prints a table of your runs
 
-A marker names its records, relative to the repository, perhaps another mapping than "rows", and how
-the names of the rows end that are shown:
+A table stands between markers that give its records, relative to the repository, and optionally
+another key of them than "rows", and a suffix of the rows to show:
 
     <!-- table docs/results/pepl_cub100_seed*.json key=pseudo_labels end=2100 --> ... <!-- end -->
     <!-- summary --> ... <!-- end -->                           README's table, from SUMMARY
@@ -43,7 +43,7 @@ NAMES = {
 }
 
 # README's table, a row a method: the metric and, for each column, its cells (records, row of their
-# tables, name); None where nothing was recorded yet.
+# tables, name); None if it was not measured.
 COLUMNS = ["the paper's method", "with our additions", "controls", "ceiling"]
 ISIC, BIRDS, EXEMPLARS = "diffseg_isic2018_seed*", "pepl_cub100_seed*", "caudo_diff_isic2018_*"
 SUMMARY = {
@@ -88,7 +88,10 @@ def cell(entry, metric):
     if entry is None:
         return "—"
     files, row, name = entry
-    records = [json.loads(path.read_text()) for path in ROOT.glob(f"docs/results/{files}.json")]
+    records = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in ROOT.glob(f"docs/results/{files}.json")
+    ]
     mean = statistics.mean(record["rows"][row][metric] for record in records)
     return f"{mean:.3f} ({name})"
 
@@ -98,7 +101,7 @@ def table(files, key="rows", end=""):
 
     end: how the names of the rows end that are shown.
     """
-    records = [json.loads(Path(file).read_text())[key] for file in files]
+    records = [json.loads(Path(file).read_text(encoding="utf-8"))[key] for file in files]
     metrics = list(next(iter(records[0].values())))
     heads = [NAMES.get(m, m.replace("_", " ")) for m in metrics]
     lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
@@ -130,7 +133,7 @@ def main(files):
         print(table(files))
     else:
         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-            page.write_text(fill(page.read_text()))
+            page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
