@@ -910,9 +910,14 @@ def train_all(ctx, expansion, labelled):
         train(ctx, "full_supervision", steps, partial(draw_labelled, ctx, labelled))
 
 
+def best_checkpoint(args, folder):
+    """The checkpoint of a finished run, --checkpoint or best.pt in its folder."""
+    return args.checkpoint or folder / "best.pt"
+
+
 def load_run(args, folder, fingerprints):
     """The networks of a finished run and its best.pt; fingerprints: of the data, checked."""
-    state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD, fingerprints)
+    state = data.load_checkpoint(best_checkpoint(args, folder), METHOD, fingerprints)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
     known = {name: state[name] for name in ("seconds", "levels", "convex")}
@@ -980,11 +985,11 @@ def run(args):
     folder = data.run_folder(METHOD, args)
     if args.predict:
         ctx, _ = load_run(args, folder, {})
-        folder = folder / "predictions"
+        predictions, best = folder / "predictions", best_checkpoint(args, folder)
         shape = ", each one convex object like the exemplar's" if ctx.convex else ""
-        print(f"predictions go to {folder}{shape}")
+        print(f"predictions go to {predictions}{shape}")
         segment_one = partial(segment_photo, ctx=ctx)
-        return data.predict_images(args.predict, args.size, folder, segment_one)
+        return data.predict_images(args.predict, args.size, predictions, best, segment_one)
     test = load("test", args)
     if not args.eval_only:
         train_run(test, args, folder)

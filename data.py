@@ -65,6 +65,7 @@ BIRDS_COUNTS = {"train": 1000, "test": 600}
 # Flags that are not taken from a checkpoint. All others must agree with it.
 MAY_DIFFER = {"device", "num_workers", "out", "compile", "save_every", "overwrite", "command"}
 MAY_DIFFER |= {"resume", "eval_only", "checkpoint", "predict"}
+RUN_FILES = ["best.pt", "last_*.pt", "log*.csv", "result.json"]  # what a run writes to its folder
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be valid UTF-8
 
 
@@ -151,6 +152,7 @@ def make_parser(script, doc):
     """Return an argument parser with the flags that all scripts share; each script adds its own."""
     parser = argparse.ArgumentParser(script, description=doc.split("\n")[0])
     parser.formatter_class = HelpFormatter
+    parser.usage = "%(prog)s [flags], listed by %(prog)s --help"
     add = parser.add_argument
     root = "folder of the data set; downloads go there too"
     add("--data-root", type=os.path.abspath, default="data", help=root)
@@ -161,10 +163,10 @@ def make_parser(script, doc):
     add("--compile", action="store_true", help="use torch.compile in training")
     add("--num-workers", type=whole(1), default=8, help="threads that decode images")
     add("--out", default="out", help="results go to OUT/method/data/seedK")
-    add("--overwrite", action="store_true", help="replace an earlier run")
     checkpoint = "checkpoint for --eval-only and --predict; by default best.pt of this run"
     add("--checkpoint", metavar="FILE", help=checkpoint)
     add_one_of = parser.add_mutually_exclusive_group().add_argument
+    add_one_of("--overwrite", action="store_true", help="replace an earlier run")
     add_one_of("--resume", action="store_true", help="continue an interrupted run")
     add_one_of("--eval-only", action="store_true", help="only evaluate the checkpoint")
     add_one_of("--predict", nargs="+", metavar="PATH", help="predict on images or folders of them")
@@ -192,15 +194,15 @@ def parse_flags(parser, argv, method):
         parser.error("--checkpoint needs --eval-only or --predict; use --resume to continue a run")
     args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     folder = run_folder(method, args)
-    checkpoints = sorted(folder.glob("*.pt"))
     if args.resume:
-        if not checkpoints:
-            raise DataError(f"{folder.resolve()}: no checkpoint to resume; run without --resume")
-        path = checkpoints[0]
+        path = next(iter(sorted(folder.glob("*.pt"))), None)
+        if path is None:
+            todo = "check --out, --data-root and --seed, or run without --resume"
+            raise DataError(f"{folder.resolve()}: no checkpoint to resume; {todo}")
     elif args.eval_only or args.predict:
         path = Path(args.checkpoint or folder / "best.pt")
     else:
-        refuse_to_replace(folder, checkpoints, args)
+        refuse_to_replace(folder, args)
         return args
     saved = load_checkpoint(path, method)
     if "nets" not in saved and not args.resume:
@@ -217,8 +219,8 @@ def parse_flags(parser, argv, method):
             if name == "size":
                 before, now = (f"{w}x{h}" for h, w in (before, now))
             flag = "--" + name.replace("_", "-")
-            why = f"was trained with {flag} {before}, not {now}; leave this flag out"
-            raise DataError(f"{path.resolve()} {why}")
+            trained = f"without {flag}" if before is None else f"with {flag} {before}, not {now}"
+            raise DataError(f"{path.resolve()} was trained {trained}; leave this flag out")
     return args
 
 
@@ -238,22 +240,26 @@ def run_folder(method, args):
     return Path(args.out, method, data, name)
 
 
-def refuse_to_replace(folder, checkpoints, args):
+def run_files(folder):
+    """Return the files that a run wrote to its folder."""
+    return [file for pattern in RUN_FILES for file in folder.glob(pattern)]
+
+
+def refuse_to_replace(folder, args):
     """Raise DataError if a new run would replace an earlier one without --overwrite or --quick."""
-    if checkpoints and not (args.overwrite or args.quick):
+    if run_files(folder) and not (args.overwrite or args.quick):
         found = "an unfinished run: --resume continues it"
-        if folder / "best.pt" in checkpoints:
+        if (folder / "best.pt").exists():
             found = "a finished run: --resume and --eval-only evaluate it again"
         other = "--overwrite replaces it, --out FOLDER writes the new run elsewhere"
         raise DataError(f"{folder.resolve()} contains {found}, {other}")
 
 
 def prepare_folder(folder):
-    """Create the folder of a new run and delete what an earlier run wrote to it."""
+    """Create the folder of a new run and delete what an earlier run and its network wrote to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("best.pt", "last_*.pt", "log*.csv", "result.json", "*.tmp"):
-        for file in folder.glob(pattern):
-            file.unlink()
+    for file in run_files(folder):
+        file.unlink()
     shutil.rmtree(folder / "predictions", ignore_errors=True)
 
 
@@ -270,15 +276,22 @@ def one_line_errors(script):
         raise SystemExit(130) from None
     except DataError as error:
         lines = error.args
-    except torch.cuda.OutOfMemoryError:
-        lines = ["GPU out of memory; train with a smaller --batch-size or --size, or --device cpu"]
     except OSError as error:
-        lines = [str(error) or repr(error)]
+        path = f"{Path(error.filename).resolve()}: " if error.filename else ""
+        lines = [f"{path}{error.strerror or error}; check the path and its permissions"]
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        lines = ["out of memory; train with a smaller --batch-size or --size"]
     else:
         return
     for line in lines:
-        print(f"{script}: error: {' '.join(line.splitlines())}", file=sys.stderr)
+        print(f"{script}: error: {_one_line(line)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _one_line(text):
+    return text.replace("\n", "\\n")
 
 
 def progress(steps, name, total, initial=0, unit="step"):
@@ -332,7 +345,7 @@ def _is_hidden(name):
 @functools.cache
 def print_once(text):
     """Print a note to stderr, but only the first time."""
-    print(text, file=sys.stderr)
+    print(_one_line(text), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -343,6 +356,8 @@ def _open(path):
             # MPO files are JPEGs of telephones with a preview as the second frame.
             if getattr(img, "n_frames", 1) > 1 and img.format != "MPO":
                 raise DataError(f"{path}: contains {img.n_frames} frames; save the one to be used")
+            if img.mode[0] in "IF" and getattr(img, "tag_v2", {}).get(262) == 0:  # TIFF
+                raise DataError(f"{path}: white is stored as 0; save it with black as 0")
             yield img
     except DataError:
         raise
@@ -354,6 +369,12 @@ def _orientation(img):
     """EXIF orientation of an open image: 1 upright, 2-4 mirrored or upside down, 5-8 sideways."""
     tag = img.getexif().get(ExifTags.Base.Orientation)
     return tag if tag in range(2, 9) else 1
+
+
+def _is_16_bit_colour(img):
+    """Whether an open image has 16-bit colours, of which Pillow keeps the upper 8 bits."""
+    kinds = [str(tile[3]) for tile in img.tile]  # PNG and TIFF: "RGB;16B", PPM: ("RGB", 65535)
+    return img.mode[0] not in "IF" and any(re.search(r";16[BLN]|, \d{4,}", kind) for kind in kinds)
 
 
 def _flatten_alpha(img, colour):
@@ -374,9 +395,7 @@ def read_image(path, size=None):
     with _open(path) as img:
         if size:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the size asked for
             img.draft(None, (max(size), max(size)))
-        # Pillow keeps the upper 8 of 16 bits, so that 12-bit colours become almost black.
-        is_16_bit_colour = any(re.search(";16[BLN]", str(tile[3])) for tile in img.tile)
-        white_is_zero = getattr(img, "tag_v2", {}).get(262) == 0  # TIFF
+        is_16_bit_colour = _is_16_bit_colour(img)
         img = ImageOps.exif_transpose(img)
         w, h = img.size
         if min(w, h) < 8:
@@ -384,13 +403,12 @@ def read_image(path, size=None):
         if img.mode[0] in "IF":  # grey, 16 bits or more
             grey = np.asarray(img)
             low, high = grey.min(), grey.max()
-            is_16_bit = img.mode[0] == "I" and low >= 0 and (high == 0 or 2**14 <= high < 2**16)
-            if white_is_zero or not is_16_bit:
+            if img.mode[0] == "F" or low < 0 or not (high == 0 or 2**15 <= high < 2**16):
                 why = f"grey levels {low:g} to {high:g}, and it is unknown which one is white"
                 raise DataError(f"{path}: {why}; save it as 8 bits, or as 16 with white 65535")
             img = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-        elif is_16_bit_colour and 0 < max(x for _, x in img.convert("RGB").getextrema()) < 64:
-            why = "16-bit colours below 16384, and it is unknown which one is white"
+        elif is_16_bit_colour and 0 < max(x for _, x in img.convert("RGB").getextrema()) < 128:
+            why = "16-bit colours below 32768, and it is unknown which one is white"
             raise DataError(f"{path}: {why}; save it as 8 bits")
         elif img.has_transparency_data and img.convert("RGBA").getextrema()[3][1] == 0:
             raise DataError(f"{path}: is fully transparent; save it without transparency")
@@ -413,6 +431,8 @@ def read_mask(path, image):
     with _open(path) as mask:
         orientation = _orientation(mask)
         is_lossy = mask.format in ("JPEG", "WEBP")
+        if _is_16_bit_colour(mask):
+            raise DataError(f"{path}: has 16-bit colours; save it as 8 bits, the object as 255")
         mask = ImageOps.exif_transpose(mask)
         if mask.size != image_size:
             sizes = " but its image {2} {0} x {1}".format(*image_size, image)
@@ -522,7 +542,8 @@ def _decode_files(key, sources, decode, root, workers):
     for path in itertools.chain(*sources):
         with contextlib.suppress(OSError):  # decode() reports it
             stat = path.stat()
-            listing.append([os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns])
+            state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            listing.append([os.path.relpath(path, root), *state])
     with contextlib.suppress(Exception):  # no cache, or a broken one
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["listing"] == listing:
@@ -541,7 +562,7 @@ def _decode_files(key, sources, decode, root, workers):
         results = pool.map(try_to_decode, sources)
         for result in progress(results, f"decode {key}", len(sources), unit="image"):
             if isinstance(result, Exception):
-                errors += str(result).splitlines()
+                errors += result.args if isinstance(result, DataError) else [str(result)]
                 continue
             x, flag, content = result
             if pixels is None:  # filled one by one: stacking a list would need twice the memory
@@ -573,6 +594,16 @@ def _refuse_aliases(root, names):
         name = ALIASES.get(path.name.lower(), path.name.lower())
         if name in names and path.name != name and path.is_dir():
             raise DataError(f"{path}: rename this folder to {name}")
+
+
+def _report_unused(folder, used):
+    """Print the folders and images in a folder that are not read."""
+    if folder.is_dir():
+        names = [path.name for path in sorted(folder.iterdir()) if path.name not in used]
+        names = [x for x in names if (folder / x).is_dir() or Path(x).suffix in IMAGE_SUFFIXES]
+        names = [name for name in names if not _is_hidden(name)]
+        if names:
+            print_once(f"{folder}: not used: {', '.join(names)}")
 
 
 def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
@@ -650,6 +681,7 @@ def find_pairs(name, root, split, required=None):
             both = f"contains both masks/ and {numbered[0].name}/"
             raise DataError(f"{base}: {both}; remove one of them")
         mask_folders = numbered or mask_folders
+        _report_unused(base, [folder.name, *(place.name for place in mask_folders)])
     pairs = pair_by_name(folder, [] if required == [] else mask_folders, required)
     if missing_splits:
         pairs = _draw_split(folder, pairs, split, missing_splits)
@@ -664,6 +696,7 @@ def _split_folder(root, split):
         return root, ["val", "test"]
     if (root / "images").is_dir():
         raise DataError(f"{root}: contains both images/ and {existing[0]}/; remove one of them")
+    _report_unused(root, SPLITS)
     if "val" not in existing and split != "test":
         return root / "train", ["val"]
     return root / split, []
@@ -701,17 +734,20 @@ def pair_by_name(folder, mask_folders, required=None):
     def image_id(path, place):
         return path.relative_to(place).with_suffix("").as_posix() if names_repeat else path.stem
 
-    named, errors = {}, []  # named: {folder: {normalized name: path}}
+    def comparable(name):
+        return _normalize(name.removesuffix("_segmentation"))
+
+    named, errors = {}, []  # named: {folder: {comparable name: path}}
     for place, paths in files.items():
         named[place] = {}
         for path in paths:
-            name = _normalize(image_id(path, place).removesuffix("_segmentation"))
+            name = comparable(image_id(path, place))
             first = named[place].setdefault(name, path)
             if first != path:
                 errors.append(f"{path}: has the same name as {first}; rename or remove one")
     images = named[folder]
     for place in mask_folders:
-        for name in images if required is None else [_normalize(name) for name in required]:
+        for name in images if required is None else map(comparable, required):
             if name not in named[place]:
                 mask = place / f"{image_id(images[name], folder)}.png"
                 errors.append(f"{images[name]}: has no mask; add {mask} or remove this image")
@@ -761,11 +797,10 @@ def _class_folders(root, split):
     are added to train with the label -1.
     """
     _refuse_aliases(root, ["train", "val", "test", "unlabelled"])
+    _report_unused(root, ["train", "test", "unlabelled"])
     draw_test = not (root / "test").is_dir()
-    if (root / "val").is_dir():
-        if draw_test:
-            raise DataError(f"{root / 'val'}: there is no test/; rename this folder to test")
-        print_once(f"{root / 'val'}: is not used")
+    if draw_test and (root / "val").is_dir():
+        raise DataError(f"{root / 'val'}: there is no test/; rename this folder to test")
     train = _classes(root / "train")
     test = train if draw_test else _classes(root / "test")
     for here, there, place in ((train, test, "test"), (test, train, "train")):
@@ -990,9 +1025,10 @@ def load_checkpoint(path, method, fingerprints=None):
         todo = "finish a training first (--resume), or give a best.pt by --checkpoint"
         raise DataError(f"{path}: no such checkpoint; {todo}") from None
     except Exception as error:  # torch and zipfile raise all kinds
-        raise DataError(f"{path} is not a readable checkpoint; give a best.pt") from error
+        todo = "delete it, or give another by --checkpoint"
+        raise DataError(f"{path} is not a readable checkpoint; {todo}") from error
     if not isinstance(state, dict) or state.get("method") != method:
-        raise DataError(f"{path} is not a checkpoint of {method}")
+        raise DataError(f"{path} is not a checkpoint of {method}; give one of its best.pt")
     if state.get("format") != CHECKPOINT_FORMAT:
         raise DataError(f"{path} was written by another version of this code; train again")
     for split, now in (fingerprints or {}).items():
@@ -1107,19 +1143,20 @@ def enlarge(x, photo):
     return F.interpolate(x[None], photo.img.shape[1:], mode="bilinear")[0]
 
 
-def predict_images(paths, size, folder, predict):
+def predict_images(paths, size, folder, checkpoint, predict):
     """Predict on images and folders of images; writes pictures and predictions.csv to a folder.
 
     predict(photo) returns pictures {kind: uint8 array} and findings {column: value}. The pictures
     of holiday/sub/a.jpg are <folder>/holiday/sub/a_<kind>.png if the folder holiday was given, and
-    <folder>/a_<kind>.png if the file was. If two images would have the same name, a number is
-    appended; predicting an image again replaces its pictures and its row of predictions.csv. Files
-    that cannot be used are skipped and reported in one DataError at the end.
+    <folder>/a_<kind>.png if the file was. If a name belongs to another image or checkpoint, a
+    number is appended; predicting an image again replaces its pictures and its row of the table.
+    Files that cannot be used are skipped and reported in one DataError at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = os.path.abspath(checkpoint)
     table, errors = folder / "predictions.csv", []
     rows = _read_predictions(table)  # {name: row}
-    names = _name_predictions(paths, rows, errors)  # {image: name}
+    names = _name_predictions(paths, checkpoint, rows, errors)  # {image: name}
     written = time.monotonic()
     try:
         for path, name in progress(names.items(), "predict", len(names), unit="image"):
@@ -1130,16 +1167,21 @@ def predict_images(paths, size, folder, predict):
                 continue
             pictures, findings = predict(photo)
             files = {kind: f"{name}_{kind}.png" for kind in pictures}
-            row = {"name": name, "file": path, **files, **findings}
+            row = {"name": name, "file": path, "checkpoint": checkpoint, **files, **findings}
             if rows and row.keys() != next(iter(rows.values())).keys():
-                why = "was written by another network; move it away or give another --out"
+                why = "has other columns; move it away or give another --out"
                 raise DataError(f"{table.resolve()}: {why}")
-            for kind, pixels in pictures.items():
-                save_png(pixels, folder / files[kind])
             rows[name] = row
-            if time.monotonic() - written > 10:  # seconds, so that little is lost if it is killed
-                _write_predictions(table, rows)
+            if (
+                time.monotonic() - written > len(rows) / 1000
+            ):  # seconds: not too often if it is long
+                _write_predictions(table, rows)  # first, so that no picture is without a row
                 written = time.monotonic()
+            try:
+                for kind, pixels in pictures.items():
+                    save_png(pixels, folder / files[kind])
+            except OSError as error:
+                errors.append(f"{path}: its pictures cannot be written ({error})")
     finally:
         _write_predictions(table, rows)
     raise_errors(errors)
@@ -1151,12 +1193,15 @@ def _read_predictions(table):
         return {}
     try:
         with open(table, newline="", **TEXT) as file:
-            rows = {row["name"]: row for row in csv.DictReader(file, strict=True)}
+            reader = csv.DictReader(file, strict=True)
+            rows = {row["name"]: row for row in reader}
+        if reader.fieldnames and reader.fieldnames[:3] != ["name", "file", "checkpoint"]:
+            raise ValueError("another header")
         if any(None in row or None in row.values() for row in rows.values()):
             raise ValueError("rows of different lengths")
     except (ValueError, KeyError, csv.Error) as error:
-        why = "was changed by another program; move it away"
-        raise DataError(f"{table.resolve()}: {why} ({error!r})") from error
+        why = f"was changed by another program ({error}); move it away"
+        raise DataError(f"{table.resolve()}: {why}") from error
     return rows
 
 
@@ -1169,21 +1214,22 @@ def _write_predictions(table, rows):
         write_text(table, text.getvalue())
 
 
-def _name_predictions(paths, rows, errors):
-    """Choose a name for each image, {image: name}, that no other image in rows has.
+def _name_predictions(paths, checkpoint, rows, errors):
+    """Choose a name for each image, {image: name}, that no other image or checkpoint in rows has.
 
-    A folder without images is added to errors.
+    Folders that cannot be read, or have no image, are added to errors.
     """
-    owners = {}  # {name in lower case: the image or folder that it belongs to}
+    owners = {"predictions.csv": None}  # {name in lower case: (image or folder, checkpoint)}
     for name, row in rows.items():
         top, *inside = PurePosixPath(name).parts
-        owners[name.casefold()] = row["file"]
+        owners[name.casefold()] = row["file"], row["checkpoint"]
         if inside:  # top stands for a folder that was given
-            owners[top.casefold()] = str(Path(row["file"]).parents[len(inside) - 1])
+            place = str(Path(row["file"]).parents[len(inside) - 1])
+            owners[top.casefold()] = place, row["checkpoint"]
 
     def unique(name, path):
         free, k = name, 1
-        while owners.setdefault(free.casefold(), path) != path:
+        while owners.setdefault(free.casefold(), (path, checkpoint)) != (path, checkpoint):
             k += 1
             free = f"{name}_{k}"
         return free
@@ -1193,7 +1239,11 @@ def _name_predictions(paths, rows, errors):
         if not os.path.isdir(given):
             names[given] = unique(Path(given).stem, given)
             continue
-        images = find_images(Path(given))
+        try:
+            images = find_images(Path(given))
+        except OSError as error:
+            errors.append(f"--predict {given}: cannot be read ({error})")
+            continue
         predicted = {place for place in {path.parent for path in images} if _has_predictions(place)}
         if predicted:
             print_once(f"{given}: skipped the pictures of earlier predictions")
@@ -1212,7 +1262,7 @@ def _has_predictions(folder):
     """Whether predict_images wrote to a folder, or to one in which it lies."""
     for place in (folder, *folder.parents):
         table = place / "predictions.csv"
-        if table.is_file() and table.read_bytes().startswith(b"name,file,"):
+        if table.is_file() and table.read_bytes().startswith(b"name,file,checkpoint,"):
             return True
     return False
 

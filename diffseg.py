@@ -793,7 +793,7 @@ def run(args):
         print(f"{row} is the best on validation; its predictions go to {folder}")
         stage = row.removesuffix("_crf")
         segment_one = partial(segment_photo, nets={stage: nets[stage]}, row=row, args=args)
-        return data.predict_images(args.predict, args.size, folder, segment_one)
+        return data.predict_images(args.predict, args.size, folder, best, segment_one)
     rows = evaluate(nets, test, args)
     figure = folder / "figures" / "panel.png"
     table = {row: {m: v[m].mean().item() for m in METRICS} for row, v in rows.items()}

@@ -373,13 +373,14 @@ def classify_photo(photo, net, classes, args):
 def predict(args):
     """Classify --predict files by the last method that was trained."""
     folder = data.run_folder(METHOD, args)
-    state = data.load_checkpoint(args.checkpoint or folder / "best.pt", METHOD)
+    best, predictions = args.checkpoint or folder / "best.pt", folder / "predictions"
+    state = data.load_checkpoint(best, METHOD)
     method, classes = args.method[-1], state["classes"]
     net = Classifier(args, len(classes)).to(args.device).eval()
     net.load_state_dict(state["nets"][method])
-    print(f"The predictions of {method} go to {folder / 'predictions'}")
+    print(f"The predictions of {method} go to {predictions}")
     classify_one = partial(classify_photo, net=net, classes=classes, args=args)
-    data.predict_images(args.predict, stored_size(args), folder / "predictions", classify_one)
+    data.predict_images(args.predict, stored_size(args), predictions, best, classify_one)
 
 
 def draw_mixes(net, test, guess, args, figure, n=4):

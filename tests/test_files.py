@@ -56,7 +56,7 @@ def png16(pixels):
 
 def test_pixel_formats(tmp_path):
     for name, image, colour in (
-        ("16.png", Image.fromarray(np.full((32, 48), 120 * 257, np.uint16)), (120, 120, 120)),
+        ("16.png", Image.fromarray(np.full((32, 48), 150 * 257, np.uint16)), (150, 150, 150)),
         ("black.png", Image.fromarray(0 * RAMP), (0, 0, 0)),
         ("rgba.png", Image.new("RGBA", (48, 32), (0, 0, 0, 128)), (127, 127, 127)),  # on white
         ("palette.png", RGB.quantize(8), (200, 80, 40)),
@@ -69,21 +69,29 @@ def test_pixel_formats(tmp_path):
         assert (x.float().mean((1, 2)) - torch.tensor(colour)).abs().max() < 4, name
 
 
-def test_images_that_could_be_understood_in_two_ways_are_refused(tmp_path):
+def test_images_that_could_be_read_in_two_ways_are_refused(tmp_path):
+    white_is_zero = {"tiffinfo": {262: 0}}
     for words, image, options in (
         ("levels 0 to 1535, .*which one is white", Image.fromarray(RAMP), {}),
         ("which one is white", Image.fromarray(RAMP.astype(np.float32)), {}),
         ("which one is white", Image.fromarray(RAMP.astype(np.int32) - 700), {}),
+        ("white is stored as 0", Image.fromarray(RAMP * 40), white_is_zero),
         ("transparent", Image.new("RGBA", (48, 32), (200, 80, 40, 0)), {}),
         ("7 x 20 pixels", Image.new("RGB", (7, 20)), {}),
         ("2 frames", RGB, {"save_all": True, "append_images": [RGB]}),
     ):
         image.save(path := tmp_path / "x.tif", **options)
         refused(f"x.tif: .*{words}", data.read_image, path)
-    path.with_suffix(".png").write_bytes(png16(np.stack([RAMP] * 3, -1)))
-    refused("16-bit colours", data.read_image, path.with_suffix(".png"))
-    path.with_suffix(".png").write_bytes(png16(np.stack([RAMP * 40] * 3, -1)))
-    assert data.read_image(path.with_suffix(".png")).max() > 230
+    deep = tmp_path / "deep.png"
+    deep.write_bytes(png16(np.stack([RAMP * 40] * 3, -1)))
+    assert data.read_image(deep).max() > 230
+    deep.write_bytes(png16(np.stack([RAMP] * 3, -1)))
+    refused("deep.png: 16-bit colours", data.read_image, deep)
+    (deep := tmp_path / "deep.ppm").write_bytes(
+        b"P6 48 32 65535\n" + np.stack([RAMP] * 3, -1).astype(">u2").tobytes()
+    )
+    refused("deep.ppm: 16-bit colours", data.read_image, deep)
+    refused("deep.ppm: has 16-bit colours", data.read_mask, deep, deep)
 
 
 def palette(pixels, *colours):
@@ -279,13 +287,13 @@ def test_class_folders_with_and_without_a_test_set(tmp_path, capsys):
     assert data.load_classification("folder", root, "train", SIZE).labels.tolist()[-1] == -1
 
 
-def predict(*paths, folder):
+def predict(*paths, folder, checkpoint="best.pt"):
     def dark(photo):
         return {"mask": photo.img[0].numpy()}, {
             "dark": round(255 - photo.img.float().mean().item())
         }
 
-    data.predict_images([str(p) for p in paths], SIZE, folder, dark)
+    data.predict_images([str(p) for p in paths], SIZE, folder, checkpoint, dark)
     with open(folder / "predictions.csv", newline="", **data.TEXT) as file:
         return list(data.csv.DictReader(file))
 
@@ -313,6 +321,13 @@ def test_predictions_never_overwrite_another_picture(tmp_path, capsys):
     assert masks["A.png"] == "A_3_mask.png" and masks["y/A/2.png"] == "A_2/2_mask.png"
     assert len(predict(tmp_path, folder=out)) == 13  # not of the predictions
     assert "skipped the pictures of earlier predictions" in capsys.readouterr().err
+    rows = predict(tmp_path / "A.png", folder=out, checkpoint="other.pt")  # another network
+    assert rows[-1]["mask"] == "A_4_mask.png" and rows[-1]["file"] == str(tmp_path / "A.png")
+    for text in ("a,b\n1,2\n", "name,file,checkpoint,mask,dark\nx,y\n", "name;file\n1;2\n"):
+        (out / "predictions.csv").write_text(text)
+        refused("predictions.csv: was changed", lambda: predict(tmp_path / "A.png", folder=out))
+    (out / "predictions.csv").write_text("name,file,checkpoint,mask\nx,y,z,x_mask.png\n")
+    refused("predictions.csv: has other columns", lambda: predict(tmp_path / "A.png", folder=out))
 
 
 def test_predictions_go_on_after_bad_files_and_keep_names_that_are_not_utf8(tmp_path):

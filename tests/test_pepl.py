@@ -240,8 +240,8 @@ def test_predict_writes_a_table_of_probabilities(trained, tmp_path):
     flags = ["--checkpoint", best(trained(pepl)), "--out", tmp_path]
     assert run(pepl, "--predict", tmp_path / "a.png", *flags) == 0
     (table,) = tmp_path.rglob("predictions.csv")
-    header, (_, file, _, name, *shares) = [x.split(",") for x in table.read_text().splitlines()]
-    assert file == str(tmp_path / "a.png") and header[3] == "prediction"
-    assert header[4:] == [f"probability of {c}" for c in data.BIRD_CLASSES]
-    assert header[4 + shares.index(max(shares))] == f"probability of {name}"
+    header, (_, file, _, _, name, *shares) = [x.split(",") for x in table.read_text().splitlines()]
+    assert file == str(tmp_path / "a.png") and header[4] == "prediction"
+    assert header[5:] == [f"probability of {c}" for c in data.BIRD_CLASSES]
+    assert header[5 + shares.index(max(shares))] == f"probability of {name}"
     assert sum(map(float, shares)) == pytest.approx(1, abs=1e-4)
