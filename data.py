@@ -51,9 +51,6 @@ from tqdm import tqdm
 ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018"
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files"
 SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}  # split: its name in ISIC 2018
-# Other names for the folders of a data set: folders with these names must be renamed.
-ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
-ALIASES |= {"testing": "test", "unlabeled": "unlabelled"}
 IMAGE_SUFFIXES = [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff"]
 IMAGE_SUFFIXES += [".webp", ".ppm", ".pgm"]
 Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow rejects files with more than twice as many pixels
@@ -248,11 +245,13 @@ def run_files(folder):
 def refuse_to_replace(folder, args):
     """Raise DataError if a new run would replace an earlier one without --overwrite or --quick."""
     if run_files(folder) and not (args.overwrite or args.quick):
-        found = "an unfinished run: --resume continues it"
+        found = "results of an earlier run:"
         if (folder / "best.pt").exists():
-            found = "a finished run: --resume and --eval-only evaluate it again"
+            found = "a finished run: --resume and --eval-only evaluate it again,"
+        elif list(folder.glob("last_*.pt")):
+            found = "an unfinished run: --resume continues it,"
         other = "--overwrite replaces it, --out FOLDER writes the new run elsewhere"
-        raise DataError(f"{folder.resolve()} contains {found}, {other}")
+        raise DataError(f"{folder.resolve()} contains {found} {other}")
 
 
 def prepare_folder(folder):
@@ -297,10 +296,18 @@ def _one_line(text):
 def progress(steps, name, total, initial=0, unit="step"):
     """Iterate over steps with a tqdm bar, or in a log file with about one line a minute."""
     options = {"total": total, "initial": initial, "unit": unit}
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}{postfix}, {elapsed}, {remaining} left\n"
-        options |= {"bar_format": line, "mininterval": 60, "maxinterval": 60}
-    return tqdm(steps, name, **options)
+    if sys.stderr.isatty():
+        return tqdm(steps, name, **options)
+    line = "{desc}: {n_fmt} of {total_fmt}{postfix}, {elapsed}, {remaining} left"
+    return _LogLines(steps, name, **options, bar_format=line, mininterval=60, maxinterval=60)
+
+
+class _LogLines(tqdm):
+    """A progress bar that prints a new line each time, instead of changing one line."""
+
+    @staticmethod
+    def status_printer(file):
+        return lambda text: print(text, file=file)
 
 
 # ==================================================================================================
@@ -588,22 +595,15 @@ def _existing_root(root):
     return root
 
 
-def _refuse_aliases(root, names):
-    """Raise DataError for a folder, such as validation/, that must be renamed to one of names."""
-    for path in sorted(root.iterdir()) if root.is_dir() else []:
-        name = ALIASES.get(path.name.lower(), path.name.lower())
-        if name in names and path.name != name and path.is_dir():
-            raise DataError(f"{path}: rename this folder to {name}")
-
-
-def _report_unused(folder, used):
-    """Print the folders and images in a folder that are not read."""
-    if folder.is_dir():
-        names = [path.name for path in sorted(folder.iterdir()) if path.name not in used]
-        names = [x for x in names if (folder / x).is_dir() or Path(x).suffix in IMAGE_SUFFIXES]
-        names = [name for name in names if not _is_hidden(name)]
-        if names:
-            print_once(f"{folder}: not used: {', '.join(names)}")
+def _report_unused(folder, read):
+    """Print the names of the folders and images in a folder that are not read."""
+    unused = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        is_candidate = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
+        if is_candidate and path.name not in read and not _is_hidden(path.name):
+            unused.append(path.name)
+    if unused:
+        print_once(f"{folder}: not used: {', '.join(unused)} (only {', '.join(read)} would be)")
 
 
 def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
@@ -677,9 +677,6 @@ def find_pairs(name, root, split, required=None):
         base, missing_splits = _split_folder(root, split)
         folder, mask_folders = base / "images", [base / "masks"]
         numbered = sorted(p for p in base.glob("masks_*") if re.fullmatch(r"masks_\d+", p.name))
-        if numbered and mask_folders[0].is_dir():
-            both = f"contains both masks/ and {numbered[0].name}/"
-            raise DataError(f"{base}: {both}; remove one of them")
         mask_folders = numbered or mask_folders
         _report_unused(base, [folder.name, *(place.name for place in mask_folders)])
     pairs = pair_by_name(folder, [] if required == [] else mask_folders, required)
@@ -690,13 +687,10 @@ def find_pairs(name, root, split, required=None):
 
 def _split_folder(root, split):
     """Return the folder in which to look for a split, and which splits must be drawn from it."""
-    _refuse_aliases(root, SPLITS)
     existing = [name for name in SPLITS if (root / name).is_dir()]
     if not existing:
         return root, ["val", "test"]
-    if (root / "images").is_dir():
-        raise DataError(f"{root}: contains both images/ and {existing[0]}/; remove one of them")
-    _report_unused(root, SPLITS)
+    _report_unused(root, list(SPLITS))
     if "val" not in existing and split != "test":
         return root / "train", ["val"]
     return root / split, []
@@ -796,11 +790,8 @@ def _class_folders(root, split):
     Without test/, a tenth of each class of train/ is the test set. Images in <root>/unlabelled/
     are added to train with the label -1.
     """
-    _refuse_aliases(root, ["train", "val", "test", "unlabelled"])
     _report_unused(root, ["train", "test", "unlabelled"])
     draw_test = not (root / "test").is_dir()
-    if draw_test and (root / "val").is_dir():
-        raise DataError(f"{root / 'val'}: there is no test/; rename this folder to test")
     train = _classes(root / "train")
     test = train if draw_test else _classes(root / "test")
     for here, there, place in ((train, test, "test"), (test, train, "train")):

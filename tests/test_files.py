@@ -169,9 +169,6 @@ BAD = {  # the error's words: what happens to a sound set (r, its image x and ma
         x.with_name("c.jpg").unlink(),
         x.with_name("c.jpg").symlink_to("nowhere"),
     ),
-    "contains both masks/ and masks_1/": lambda r, x, y: (y.parent.parent / "masks_1").mkdir(),
-    "contains both images/ and val/": lambda r, x, y: (r / "images").mkdir(),
-    "Validation: rename this folder to val": lambda r, x, y: (r / "val").rename(r / "Validation"),
 }
 
 
@@ -208,6 +205,18 @@ def test_files_that_are_left_out_are_counted(tmp_path, capsys):
     data.load_classification("folder", classes, "train", SIZE)
     two, one = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
     assert "images: skipped 2 of 5 files" in two and "train: skipped 1 of 13 files" in one
+
+
+def test_folders_that_are_not_read_are_named(tmp_path, capsys):
+    make_set(tmp_path / "set/val", masks=("masks", "masks_1"))
+    make_set(tmp_path / "set/Validation")
+    load(tmp_path / "set")
+    root = class_folder(tmp_path / "classes")
+    (root / "unlabeled").mkdir()
+    data.load_classification("folder", root, "train", SIZE)
+    said = capsys.readouterr().err
+    for folder, name in (("set", "Validation"), ("set/val", "masks"), ("classes", "unlabeled")):
+        assert f"{tmp_path / folder}: not used: {name} (only " in said
 
 
 def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
@@ -252,8 +261,6 @@ BAD_CLASSES = {  # the error's words: what is done to a sound set
     "train/b: this class is missing": lambda r: (r / "train/b").rename(r / "b"),
     "train/x.png: is not in the folder of a class": lambda r: save(r / "train/x.png", NOISE[0]),
     "train: this folder is missing": lambda r: (r / "train").rename(r / "tain"),
-    "testing: rename this folder to test": lambda r: (r / "test").rename(r / "testing"),
-    "val: there is no test/": lambda r: (r / "test").rename(r / "val"),
     "has the same name as": lambda r: shutil.copytree(r / "train/b", r / "train/B"),
     "b: 1 images, but each class needs 2": lambda r: (
         shutil.rmtree(r / "test"),
