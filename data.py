@@ -17,7 +17,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -27,13 +26,10 @@ import re
 import shlex
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 import unicodedata
 import uuid
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -69,7 +65,7 @@ TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not
 class DataError(ValueError):
     """An error in the user's files or flags.
 
-    Each argument is one line that names the file or flag, says what is wrong and how to mend it.
+    Each argument is one line that names the file or flag, says what is wrong and how to fix it.
     """
 
     def __str__(self):
@@ -89,14 +85,13 @@ def raise_errors(errors, most=20):
 # ==================================================================================================
 
 
-def number(low, high=math.inf, kind=float):
-    """Return an argparse type that accepts finite numbers from low to high."""
+def number(low, high=10**9, kind=float):
+    """Return an argparse type that accepts numbers from low to high."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            most = f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be finite, at least {low}{most}")
+        if not low <= value <= high:  # also true for NaN
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
     parse.__name__ = "number" if kind is float else "whole number"  # for argparse's own message
@@ -119,13 +114,11 @@ def parse_device(text):
     """argparse type: "cpu", "cuda", "cuda:N" or "auto" (a GPU if there is one); must be usable."""
     if text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        usable = re.fullmatch(r"cpu|cuda(:\d+)?", text) and torch.empty(1, device=text) is not None
-    except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
-        raise argparse.ArgumentTypeError(f"device {text!r} is not available here; use cpu")
-    return text
+    with contextlib.suppress(RuntimeError, AssertionError):  # no GPU, or none of this number
+        if re.fullmatch(r"cpu|cuda(:\d+)?", text):
+            torch.empty(1, device=text)
+            return text
+    raise argparse.ArgumentTypeError(f"device {text!r} is not available here; use cpu")
 
 
 def bf16_is_fast(device):
@@ -137,7 +130,7 @@ def bf16_is_fast(device):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default to the help of a flag, unless it is None or False."""
+    """Append the default to the help of a flag, unless it is None or False."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
@@ -199,7 +192,9 @@ def parse_flags(parser, argv, method):
     elif args.eval_only or args.predict:
         path = Path(args.checkpoint or folder / "best.pt")
     else:
-        refuse_to_replace(folder, args)
+        if run_files(folder) and not (args.overwrite or args.quick):
+            todo = "--resume continues it, --eval-only evaluates it again, --overwrite replaces it"
+            raise DataError(f"{folder.resolve()} contains an earlier run: {todo}; or change --out")
         return args
     saved = load_checkpoint(path, method)
     if "nets" not in saved and not args.resume:
@@ -242,18 +237,6 @@ def run_files(folder):
     return [file for pattern in RUN_FILES for file in folder.glob(pattern)]
 
 
-def refuse_to_replace(folder, args):
-    """Raise DataError if a new run would replace an earlier one without --overwrite or --quick."""
-    if run_files(folder) and not (args.overwrite or args.quick):
-        found = "results of an earlier run:"
-        if (folder / "best.pt").exists():
-            found = "a finished run: --resume and --eval-only evaluate it again,"
-        elif list(folder.glob("last_*.pt")):
-            found = "an unfinished run: --resume continues it,"
-        other = "--overwrite replaces it, --out FOLDER writes the new run elsewhere"
-        raise DataError(f"{folder.resolve()} contains {found} {other}")
-
-
 def prepare_folder(folder):
     """Create the folder of a new run and delete what an earlier run and its network wrote to it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,14 +247,14 @@ def prepare_folder(folder):
 
 @contextlib.contextmanager
 def one_line_errors(script):
-    """Context manager that prints expected errors, a line each, and exits with status 2."""
-    for stream in (sys.stdout, sys.stderr):  # escape what the terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    """Context manager: print expected errors, a line each, and exit with status 2 (Ctrl-C: 130)."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         yield
+        return
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; --resume continues a training", file=sys.stderr)
+        print(f"{script}: interrupted; --resume continues a training run", file=sys.stderr)
         raise SystemExit(130) from None
     except DataError as error:
         lines = error.args
@@ -279,11 +262,10 @@ def one_line_errors(script):
         path = f"{Path(error.filename).resolve()}: " if error.filename else ""
         lines = [f"{path}{error.strerror or error}; check the path and its permissions"]
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
+        is_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not is_memory and "allocate memory" not in str(error):
             raise
         lines = ["out of memory; train with a smaller --batch-size or --size"]
-    else:
-        return
     for line in lines:
         print(f"{script}: error: {_one_line(line)}", file=sys.stderr)
     raise SystemExit(2)
@@ -294,7 +276,7 @@ def _one_line(text):
 
 
 def progress(steps, name, total, initial=0, unit="step"):
-    """Iterate over steps with a tqdm bar, or in a log file with about one line a minute."""
+    """Wrap steps in a tqdm bar; if stderr is no terminal, print about one line a minute instead."""
     options = {"total": total, "initial": initial, "unit": unit}
     if sys.stderr.isatty():
         return tqdm(steps, name, **options)
@@ -318,14 +300,14 @@ class _LogLines(tqdm):
 def find_images(folder):
     """Return the image files in a folder and its subfolders, sorted.
 
-    Follows symbolic links and skips hidden files. Prints how many other files there are. Raises
-    OSError if a folder cannot be read.
+    Follows symbolic links and skips hidden files. Prints the number of files that are no images.
+    Raises DataError if there are no images, or if a folder is missing or cannot be read.
     """
     images, others = [], []
     for parent, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        above = {os.path.realpath(path) for path in (parent, *Path(parent).parents)}
+        ancestors = {os.path.realpath(path) for path in (parent, *Path(parent).parents)}
         for name in list(subfolders):
-            is_loop = os.path.realpath(os.path.join(parent, name)) in above
+            is_loop = os.path.realpath(os.path.join(parent, name)) in ancestors
             if is_loop or _is_hidden(name):
                 subfolders.remove(name)
         for name in files:
@@ -338,11 +320,13 @@ def find_images(folder):
             f"{folder}: skipped {len(others)} of {total} files that are not supported images, "
             f"such as {min(others).name}"
         )
+    if not images:
+        raise DataError(f"{folder}: no image in this folder; add some or correct the path")
     return sorted(images)
 
 
 def _raise(error):
-    raise error
+    raise DataError(f"{error.filename}: {error.strerror}; check the path and its permissions")
 
 
 def _is_hidden(name):
@@ -360,9 +344,9 @@ def _open(path):
     """Open an image file with Pillow; every exception becomes a DataError."""
     try:
         with Image.open(path) as img:
-            # MPO files are JPEGs of telephones with a preview as the second frame.
+            # MPO: a JPEG from a phone, whose second frame is a preview.
             if getattr(img, "n_frames", 1) > 1 and img.format != "MPO":
-                raise DataError(f"{path}: contains {img.n_frames} frames; save the one to be used")
+                raise DataError(f"{path}: contains {img.n_frames} frames; save only the one to use")
             if img.mode[0] in "IF" and getattr(img, "tag_v2", {}).get(262) == 0:  # TIFF
                 raise DataError(f"{path}: white is stored as 0; save it with black as 0")
             yield img
@@ -393,9 +377,9 @@ def _flatten_alpha(img, colour):
 
 
 def read_image(path, size=None):
-    """Read an image upright as uint8 (3, H, W); if given, size = (H, W) ignores its shape.
+    """Read an image upright as uint8 (3, H, W), resized to size = (H, W) if that is given.
 
-    Grey, palette, CMYK and 16-bit images are converted to RGB, transparent ones are laid on white.
+    Grey, palette, CMYK and 16-bit images become RGB, transparent ones are composited onto white.
     Raises DataError if the file is broken, has several frames, fewer than 8 x 8 or more than 400
     million pixels, is fully transparent, or if it has more than 8 bits and its white is unknown.
     """
@@ -426,7 +410,7 @@ def read_image(path, size=None):
 
 
 def read_mask(path, image):
-    """Read a mask as uint8 (1, H, W) with the values 0 and 1; image is the file of its image.
+    """Read a mask as uint8 (1, H, W) with the values 0 and 1; image: the path of its image.
 
     The background must be black and the object one value or colour; edges may be soft. Raises
     DataError for other values, such as class labels, if the sizes of the two files differ, or if
@@ -442,16 +426,16 @@ def read_mask(path, image):
             raise DataError(f"{path}: has 16-bit colours; save it as 8 bits, the object as 255")
         mask = ImageOps.exif_transpose(mask)
         if mask.size != image_size:
-            sizes = " but its image {2} {0} x {1}".format(*image_size, image)
-            why = f"is {mask.size[0]} x {mask.size[1]} pixels,{sizes}"
+            why = f"has the size {mask.size}, but its image {image} has {image_size}"
             raise DataError(f"{path}: {why}; save both upright and with the same size")
-        # If the image is stored on its side and is not square, the size shows that the mask is
-        # upright. Otherwise a mask without the tag may be upright, or stored like its image.
+        # If an image is stored sideways and is not square, a mask without the tag must be upright,
+        # as its size shows. In all other cases it may be upright, or stored like its image.
         size_decides = orientation == 1 and image_orientation > 4 and image_size[0] != image_size[1]
         if orientation != image_orientation and not size_decides:
             why = f"has EXIF orientation {orientation}, but its image {image} {image_orientation}"
             raise DataError(f"{path}: {why}; save both upright and without this tag")
-        rgb = _to_array(mask)
+        is_grey = mask.mode == "L" or mask.mode[0] in "IF"
+        rgb = np.atleast_3d(np.asarray(mask if is_grey else _flatten_alpha(mask, "black")))
         why = _ambiguity(mask, rgb, is_lossy)
         if why:
             raise DataError(f"{path}: {why}; save the object as 255 and the background as 0")
@@ -459,15 +443,8 @@ def read_mask(path, image):
         return torch.from_numpy((level > level.max() / 2).astype(np.uint8))[None]  # (1, H, W)
 
 
-def _to_array(mask):
-    """A PIL mask as an array (H, W, 1) of grey levels or (H, W, 3) of colours, laid on black."""
-    if mask.mode == "L" or mask.mode[0] in "IF":
-        return np.asarray(mask)[..., None]
-    return np.asarray(_flatten_alpha(mask, "black"))
-
-
 def _ambiguity(mask, rgb, is_lossy):
-    """Say why a mask is not clearly binary; None if it is. See _to_array for rgb."""
+    """Return why a mask is not clearly binary, or None if it is; rgb (H, W, 1 or 3): its pixels."""
     level = rgb.max(2)  # the maximum, so that a pure colour is as bright as white
     top = level.max()
     if not (level.min() >= 0 and top < math.inf):  # also false for NaN
@@ -528,7 +505,7 @@ class ClassificationSet:
 
 
 def fingerprint(*values):
-    """Return a short hash of lists, numbers and strings, which changes if they change."""
+    """Return a short hash of lists, numbers and strings."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
@@ -588,7 +565,7 @@ def _decode_files(key, sources, decode, root, workers):
 
 
 def _existing_root(root):
-    """Return root as a full path. If it is missing, it is a typo: nothing is downloaded into it."""
+    """Return root as a full path. If it is missing, raise DataError: a typo starts no download."""
     root = Path(root).resolve()
     if not root.is_dir() and root != Path("data").resolve():
         raise DataError(f"{root}: this folder does not exist; create it or correct --data-root")
@@ -597,20 +574,17 @@ def _existing_root(root):
 
 def _report_unused(folder, read):
     """Print the names of the folders and images in a folder that are not read."""
-    unused = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        is_candidate = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
-        if is_candidate and path.name not in read and not _is_hidden(path.name):
-            unused.append(path.name)
+    found = [p for p in folder.glob("*") if p.is_dir() or p.suffix.lower() in IMAGE_SUFFIXES]
+    unused = sorted(p.name for p in found if p.name not in read and not _is_hidden(p.name))
     if unused:
-        print_once(f"{folder}: not used: {', '.join(unused)} (only {', '.join(read)} would be)")
+        print_once(f"{folder}: ignored: {', '.join(unused)} (expected: {', '.join(read)})")
 
 
 def load_segmentation(name, root, split, size, limit=None, images_only=False, workers=8):
     """Load a split of "isic2018", "folder" or "synthetic" at size = (H, W) as a SegmentationSet.
 
-    limit: use the first n images. images_only: neither open nor look for masks, R = 0. workers:
-    threads that decode. Raises DataError for bad data.
+    limit: use the first n images. images_only: do not look for masks, R = 0. workers: number of
+    decoding threads. Raises DataError for bad data.
     """
     if name == "synthetic":
         n = min(limit or math.inf, SYNTHETIC_COUNTS[split])
@@ -635,15 +609,15 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
         what = f"{sum(vanished)} of {len(ids)} masks become empty at {size[1]}x{size[0]} pixels"
         example = sources[vanished.index(True)][1]
         print_once(f"{example}: {what}, such as this one; increase --size")
-    names = [_normalize(name) for name in ids]
-    images, masks = pixels[:, :3], pixels[:, 3:]
-    return SegmentationSet(name, ids, images, masks, fingerprint(names, contents))
+    contents = fingerprint([_normalize(i) for i in ids], contents)
+    return SegmentationSet(name, ids, pixels[:, :3], pixels[:, 3:], contents)
 
 
 def load_mask(name, root, split, image_id, size):
     """Load the mask of one image as bool (1, H, W), without opening any other mask.
 
-    Of several raters the majority counts. Raises DataError if it is missing, broken or empty.
+    A pixel counts if at least half of the raters marked it. Raises DataError if the mask is
+    missing, broken or empty.
     """
     if name == "synthetic":
         drawn = load_segmentation(name, root, split, size)
@@ -658,7 +632,7 @@ def load_mask(name, root, split, image_id, size):
 
 
 def find_pairs(name, root, split, required=None):
-    """Return {id: (image, mask of each rater)}, paths, of a split, sorted by name.
+    """Return {id: (image path, mask path of each rater)} for a split, sorted by name.
 
     An id is the name of an image without suffix, with its subfolders if names repeat. required:
     ids of the images that must have masks; by default all. folder: <root>/<split>/{images,masks},
@@ -674,7 +648,13 @@ def find_pairs(name, root, split, required=None):
         for part in [folder] if required == [] else [folder, *mask_folders]:
             download(f"{ISIC_URL}/{part.name}.zip", part, "all of ISIC 2018 Task 1: 13 GB")
     else:
-        base, missing_splits = _split_folder(root, split)
+        base = root / split
+        if not any((root / name).is_dir() for name in SPLITS):
+            base, missing_splits = root, ["val", "test"]
+        elif split != "test" and not (root / "val").is_dir():
+            base, missing_splits = root / "train", ["val"]
+        if base != root:
+            _report_unused(root, SPLITS)
         folder, mask_folders = base / "images", [base / "masks"]
         numbered = sorted(p for p in base.glob("masks_*") if re.fullmatch(r"masks_\d+", p.name))
         mask_folders = numbered or mask_folders
@@ -685,17 +665,6 @@ def find_pairs(name, root, split, required=None):
     return pairs
 
 
-def _split_folder(root, split):
-    """Return the folder in which to look for a split, and which splits must be drawn from it."""
-    existing = [name for name in SPLITS if (root / name).is_dir()]
-    if not existing:
-        return root, ["val", "test"]
-    _report_unused(root, list(SPLITS))
-    if "val" not in existing and split != "test":
-        return root / "train", ["val"]
-    return root / split, []
-
-
 def _draw_split(folder, pairs, split, missing_splits):
     """Return the part of {id: paths} that belongs to a split, drawn at random."""
     order = np.random.RandomState(SPLIT_SEED).permutation(len(pairs)).tolist()
@@ -704,24 +673,18 @@ def _draw_split(folder, pairs, split, missing_splits):
     if not parts["train"]:
         raise DataError(f"{folder}: {len(pairs)} images are too few to draw splits; add some")
     missing = " and ".join(f"{name}/" for name in missing_splits)
-    use = f"using {n} of {len(pairs)} images, drawn at random"
-    print_once(f"{folder}: no {missing}; {use}{', for each' if len(missing_splits) > 1 else ''}")
+    print_once(f"{folder}: no {missing}; {n} of {len(pairs)} images are drawn at random for each")
     items = list(pairs.items())
     return dict(items[i] for i in sorted(parts[split]))
 
 
 def pair_by_name(folder, mask_folders, required=None):
-    """Return {id: (image, mask of each rater)}: the images of a folder and the masks named alike.
+    """Return {id: (image, mask of each rater)}: images with the masks of the same name.
 
     required: ids of the images that must have masks; by default all, and then no mask may be
     without an image. Raises one DataError for all files that are missing.
     """
-    files = {}
-    for place in (folder, *mask_folders):
-        files[place] = find_images(place) if place.is_dir() else []
-        if not files[place]:
-            why = "no image in this folder" if place.is_dir() else "this folder is missing"
-            raise DataError(f"{place}: {why}; add images or correct --data-root")
+    files = {place: find_images(place) for place in (folder, *mask_folders)}
     names = {_normalize(path.stem) for path in files[folder]}
     names_repeat = len(names) < len(files[folder])
 
@@ -758,8 +721,8 @@ def pair_by_name(folder, mask_folders, required=None):
 def load_classification(name, root, split, size, limit=None, workers=8):
     """Load "train" or "test" of "synthetic", "folder" or "cub200" as a ClassificationSet.
 
-    Images are resized to size = (H, W), whatever their shape. limit: use every k-th image, so that
-    about so many remain. Raises DataError for bad data and failed downloads.
+    Images are resized to size = (H, W). limit: use every k-th image, so that at least `limit` and
+    fewer than twice as many remain. Raises DataError for bad data and failed downloads.
     """
     if name == "synthetic":
         n = BIRDS_COUNTS[split]
@@ -792,55 +755,46 @@ def _class_folders(root, split):
     """
     _report_unused(root, ["train", "test", "unlabelled"])
     draw_test = not (root / "test").is_dir()
-    train = _classes(root / "train")
-    test = train if draw_test else _classes(root / "test")
-    for here, there, place in ((train, test, "test"), (test, train, "train")):
-        missing = [root / place / here[name][0].name for name in here if name not in there]
-        raise_errors([f"{path}: this class is missing; add or remove it" for path in missing])
-    needed = 2 if draw_test else 1
-    raise_errors(
-        [
-            f"{folder}: {len(images)} images, but each class needs {needed}; add some"
-            for folder, images in (*train.values(), *test.values())
-            if len(images) < needed
-        ]
-    )
+    train = _classes(root / "train", needed=2 if draw_test else 1)
+    test = train if draw_test else _classes(root / "test", needed=1)
+    alone = [(train | test)[name][0] for name in sorted(train.keys() ^ test.keys())]
+    raise_errors([f"{path}: this class is not in both train/ and test/" for path in alone])
     labels = {name: label for label, name in enumerate(train)}
     classes = train if split == "train" else test
     sources = [(path, labels[name]) for name, (_, images) in classes.items() for path in images]
     if draw_test:
         drawn, rest = label_split(torch.tensor([c for _, c in sources]), 0.1, seed=SPLIT_SEED)
-        share = f"{len(drawn)} of {len(sources)} images of train/, a tenth of each class"
-        print_once(f"{root}: no test/; {share}, are the test set")
+        share = f"a tenth of each class of train/ ({len(drawn)} of {len(sources)} images)"
+        print_once(f"{root}: no test/; {share} is used for testing")
         sources = [sources[i] for i in (drawn if split == "test" else rest)]
     unlabelled = root / "unlabelled"
     if split == "train" and unlabelled.is_dir():
-        images = find_images(unlabelled)
-        if not images:
-            raise DataError(f"{unlabelled}: no image in this folder; add some or remove it")
+        sources += [(path, -1) for path in find_images(unlabelled)]
         print_once(f"{unlabelled}: all images of train/ are labelled; --labels is not used")
-        sources += [(path, -1) for path in images]
     return sources, [folder.name for folder, _ in train.values()]
 
 
-def _classes(folder):
-    """Return {normalized name: (folder of the class, its images)}, sorted, of train/ or test/."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: this folder is missing; correct --data-root")
+def _classes(folder, needed):
+    """Return {normalized name: (folder of the class, its images)}, sorted, of train/ or test/.
+
+    Raises DataError if a class has fewer images than needed.
+    """
+    images = find_images(folder)
     classes, errors = {}, []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not _is_hidden(path.name):
             first, _ = classes.setdefault(_normalize(path.name), (path, []))
             if first != path:
                 errors.append(f"{path}: has the same name as {first}; rename one")
-    if not classes:
-        raise DataError(f"{folder}: contains no folder of a class; add some")
-    for path in find_images(folder):
+    for path in images:
         name, *inside = path.relative_to(folder).parts
         if inside:
             classes[_normalize(name)][1].append(path)
         else:
-            errors.append(f"{path}: is not in the folder of a class; move it into one")
+            errors.append(f"{path}: is not in a class folder; move it into one")
+    for path, found in classes.values():
+        if len(found) < needed:
+            errors.append(f"{path}: {len(found)} images, but each class needs {needed}; add some")
     raise_errors(errors)
     return classes
 
@@ -908,8 +862,8 @@ def augment(images, masks, flips=True):
     """Random flips, rotation, scale, shift and mild colour changes, different for each sample.
 
     images: float (B, 3, H, W) in [0, 1]. masks: float (B, R, H, W), sampled with nearest-neighbour
-    interpolation. Borders are padded by reflection. flips: also flip horizontally and vertically,
-    which is wrong for anatomy. Returns both, on the device of the images. The random numbers are
+    interpolation. Borders are padded by reflection. flips: also flip horizontally and vertically;
+    turn this off for anatomy. Returns both, on the device of the images. The random numbers are
     drawn on the CPU, so that a resumed run repeats them on any device.
     """
     b, _, h, w = images.shape
@@ -970,7 +924,7 @@ def efficientnet_lite0(pretrained=True):
 
 @contextlib.contextmanager
 def _replacing(path):
-    """Yield a temporary path to write to; at the end it replaces path as a whole."""
+    """Yield a temporary path to write to, which is renamed to path on success."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -1012,12 +966,10 @@ def load_checkpoint(path, method, fingerprints=None):
     path = Path(path).resolve()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        todo = "finish a training first (--resume), or give a best.pt by --checkpoint"
-        raise DataError(f"{path}: no such checkpoint; {todo}") from None
     except Exception as error:  # torch and zipfile raise all kinds
-        todo = "delete it, or give another by --checkpoint"
-        raise DataError(f"{path} is not a readable checkpoint; {todo}") from error
+        why = "is not a readable checkpoint" if path.exists() else "does not exist"
+        todo = "finish a training first (--resume), or give a best.pt by --checkpoint"
+        raise DataError(f"{path} {why}; {todo}") from error
     if not isinstance(state, dict) or state.get("method") != method:
         raise DataError(f"{path} is not a checkpoint of {method}; give one of its best.pt")
     if state.get("format") != CHECKPOINT_FORMAT:
@@ -1151,7 +1103,7 @@ def predict_images(paths, size, folder, checkpoint, predict):
     written = time.monotonic()
     try:
         for path, name in progress(names.items(), "predict", len(names), unit="image"):
-            try:  # the small one is decoded as in training, which is not the same as resizing
+            try:  # the network's input is decoded as in training; resizing would give other pixels
                 photo = Photo(read_image(path), read_image(path, size))
             except DataError as error:
                 errors += error.args
@@ -1182,18 +1134,12 @@ def _read_predictions(table):
     """Return the rows {name: row} of predictions.csv."""
     if not table.exists():
         return {}
-    try:
-        with open(table, newline="", **TEXT) as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = {row["name"]: row for row in reader}
-        if reader.fieldnames and reader.fieldnames[:3] != ["name", "file", "checkpoint"]:
-            raise ValueError("another header")
-        if any(None in row or None in row.values() for row in rows.values()):
-            raise ValueError("rows of different lengths")
-    except (ValueError, KeyError, csv.Error) as error:
-        why = f"was changed by another program ({error}); move it away"
-        raise DataError(f"{table.resolve()}: {why}") from error
-    return rows
+    with open(table, newline="", **TEXT) as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:  # a row of another length has None among its keys or values
+        if list(row)[:3] != ["name", "file", "checkpoint"] or None in [*row, *row.values()]:
+            raise DataError(f"{table.resolve()}: was changed by another program; move it away")
+    return {row["name"]: row for row in rows}
 
 
 def _write_predictions(table, rows):
@@ -1232,8 +1178,8 @@ def _name_predictions(paths, checkpoint, rows, errors):
             continue
         try:
             images = find_images(Path(given))
-        except OSError as error:
-            errors.append(f"--predict {given}: cannot be read ({error})")
+        except DataError as error:
+            errors += error.args
             continue
         predicted = {place for place in {path.parent for path in images} if _has_predictions(place)}
         if predicted:
@@ -1266,8 +1212,8 @@ def _has_predictions(folder):
 def download(url, folder, note):
     """Download an archive and unpack its folder of the same name, unless that exists.
 
-    The folder is complete or missing, also if several processes do this at once: each has its own
-    temporary folder. An archive that was saved beside the folder by hand is used instead.
+    Safe for concurrent processes: each unpacks to its own temporary folder, which is then renamed.
+    An archive that was saved beside the folder by hand is used instead of a download.
     """
     if folder.is_dir():
         return
@@ -1278,26 +1224,20 @@ def download(url, folder, note):
             archive, todo = by_hand, f"delete {by_hand} or save it again"
         else:
             archive = Path(temporary, by_hand.name)
-            todo = f"try again, or save it as {by_hand} by other means"
+            todo = f"try again, or download it by hand to {by_hand}"
             print(f"downloading {url} ({note})", file=sys.stderr)
             try:
                 torch.hub.download_url_to_file(url, str(archive), progress=sys.stderr.isatty())
-            except (OSError, http.client.HTTPException) as error:
+            except Exception as error:  # of the connection, the server or the disk
                 why = f"download failed ({error}); check the network and {todo}"
                 raise DataError(f"{url}: {why}") from error
-        broken = shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError
         try:
             shutil.unpack_archive(archive, Path(temporary, "unpacked"))
-        except broken as error:
-            raise DataError(f"{archive.name} of {url}: corrupt ({error}); {todo}") from error
-        unpacked = Path(temporary, "unpacked", folder.name)
-        if not unpacked.is_dir():
-            raise DataError(f"{archive.name} of {url}: contains no {folder.name}/; {todo}")
-        try:
-            os.replace(unpacked, folder)
-        except OSError:
+            os.replace(Path(temporary, "unpacked", folder.name), folder)
+        except Exception as error:  # each kind of archive raises its own
             if not folder.is_dir():  # otherwise another process was faster
-                raise
+                why = f"{archive.name} of {url}: cannot be unpacked ({error})"
+                raise DataError(f"{why}; {todo}") from error
 
 
 # ==================================================================================================

@@ -63,8 +63,8 @@ def test_a_new_run_does_not_replace_an_earlier_one(tmp_path, monkeypatch):
         folder = data.run_folder("diffseg", args := diffseg.parse_args(given))
         folder.mkdir(parents=True)
         for name, words in (
-            ("last_unet", "an unfinished run: --resume .*--overwrite.*--out"),
-            ("best", "a finished run: --resume.*--eval-only.*--overwrite.*--out"),
+            ("last_unet", "an earlier run: --resume .*--overwrite.*--out"),
+            ("best", "an earlier run: --resume.*--eval-only.*--overwrite.*--out"),
         ):
             data.save_checkpoint(folder / f"{name}.pt", "diffseg", args, {}, nets={})
             if not given:
@@ -114,9 +114,9 @@ def test_unusable_checkpoints_are_named(tmp_path):
     for name, method, words in (
         ("best", "n", "is not a checkpoint of n"),
         ("best", "m", "the test data changed"),
-        ("cut", "m", "cut.pt is not"),
+        ("cut", "m", "is not a readable"),
         ("old", "m", "another version"),
-        ("no", "m", "no such checkpoint"),
+        ("no", "m", "does not exist"),
     ):
         with pytest.raises(data.DataError, match=f"{tmp_path}/{name}.pt.* {words}|{words}"):
             data.load_checkpoint(tmp_path / f"{name}.pt", method, {"test": "2"})
@@ -213,7 +213,7 @@ def test_folder_splits_raters_and_images_only(tmp_path, monkeypatch, capsys):
     save(tmp_path / "masks_2/b_segmentation.png", DISC * 0)
     (tmp_path / "masks_old").mkdir()  # no rater's
     sets = [load(tmp_path, split) for split in data.SYNTHETIC_COUNTS]
-    assert "no val/ and test/; using 2 of 20 images" in capsys.readouterr().err
+    assert "no val/ and test/; 2 of 20 images" in capsys.readouterr().err
     assert [tuple(s.masks.shape[:2]) for s in sets] == [(16, 2), (2, 2), (2, 2)]
     assert sorted(i for s in sets for i in s.ids) == list(letters) and sets[1].ids != list("ab")
     pairs = zip(data.SYNTHETIC_COUNTS, sets, strict=True)
@@ -284,15 +284,15 @@ def test_missing_and_corrupt_archives_and_one_saved_by_hand(tmp_path, site, caps
     archive, by_hand = site / f"{NAMES[0]}.zip", tmp_path / "isic2018" / f"{NAMES[0]}.zip"
     sound = archive.read_bytes()
     archive.unlink()
-    fails(f"No such file.*save it as .*{archive.name}")
+    fails(f"No such file.*download it by hand to .*{archive.name}")
     at = len(sound) * 2 // 3
     for bad in (sound[:at], sound[:at] + bytes(9) + sound[at + 9 :], b"<html>"):
         archive.write_bytes(bad)
-        fails("corrupt.*try again")
+        fails("cannot be unpacked.*try again")
         assert not list(by_hand.parent.iterdir())  # nothing half there
     capsys.readouterr()
     by_hand.write_bytes(b"<html>")
-    fails("corrupt.*delete .*or save it again")
+    fails("cannot be unpacked.*delete .*or save it again")
     by_hand.write_bytes(sound)
     assert len(load(tmp_path, name="isic2018", images_only=True)) == 3
     assert "downloading" not in capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_cub200_download(tmp_path, site):
     half = gzip.compress(tar[: tar.index(b"\xff\xd8") + 9])  # ends within a picture
     for bad in (sound[:-400], half):
         archive.write_bytes(bad)
-        with pytest.raises(data.DataError, match="corrupt"):
+        with pytest.raises(data.DataError, match="cannot be unpacked"):
             data.load_classification("cub200", root, "train", (16, 16))
     archive.write_bytes(sound)
     train, test = (data.load_classification("cub200", root, s, (16, 16)) for s in ("train", "test"))

@@ -159,7 +159,7 @@ def test_objects_that_vanish_are_counted(tmp_path, capsys):
 BAD = {  # the error's words: what happens to a sound set (r, its image x and mask y "b")
     "root: .* does not exist": lambda r, x, y: shutil.rmtree(r),
     "images: no image": lambda r, x, y: [p.unlink() for p in r.glob("*/images/*")],
-    "masks: this folder is missing": lambda r, x, y: shutil.rmtree(y.parent),
+    "masks: No such file": lambda r, x, y: shutil.rmtree(y.parent),
     r"b\.jpg: has no mask; add .*/masks/b\.png": lambda r, x, y: y.unlink(),
     "b_segmentation.png: has no image": lambda r, x, y: x.unlink(),
     r"b_segmentation.png: .*48\D+32.*\D32\D+48": lambda r, x, y: save(x, NOISE[0], turn=6),
@@ -216,7 +216,7 @@ def test_folders_that_are_not_read_are_named(tmp_path, capsys):
     data.load_classification("folder", root, "train", SIZE)
     said = capsys.readouterr().err
     for folder, name in (("set", "Validation"), ("set/val", "masks"), ("classes", "unlabeled")):
-        assert f"{tmp_path / folder}: not used: {name} (only " in said
+        assert f"{tmp_path / folder}: ignored: {name} (expected: " in said
 
 
 def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
@@ -257,10 +257,10 @@ BAD_CLASSES = {  # the error's words: what is done to a sound set
     "only one class": lambda r: [shutil.rmtree(p) for p in r.glob("*/b")],
     "train/b/0.png": lambda r: (r / "train/b/0.png").write_text("no image"),
     "train/b: 0 images": lambda r: [p.unlink() for p in r.glob("train/b/*")],
-    "test/b: this class is missing": lambda r: (r / "test/b").rename(r / "b"),
-    "train/b: this class is missing": lambda r: (r / "train/b").rename(r / "b"),
-    "train/x.png: is not in the folder of a class": lambda r: save(r / "train/x.png", NOISE[0]),
-    "train: this folder is missing": lambda r: (r / "train").rename(r / "tain"),
+    "train/b: this class is not in both": lambda r: (r / "test/b").rename(r / "b"),
+    "test/b: this class is not in both": lambda r: (r / "train/b").rename(r / "b"),
+    "train/x.png: is not in a class folder": lambda r: save(r / "train/x.png", NOISE[0]),
+    "train: No such file": lambda r: (r / "train").rename(r / "tain"),
     "has the same name as": lambda r: shutil.copytree(r / "train/b", r / "train/B"),
     "b: 1 images, but each class needs 2": lambda r: (
         shutil.rmtree(r / "test"),
@@ -288,7 +288,7 @@ def test_class_folders_with_and_without_a_test_set(tmp_path, capsys):
     shutil.rmtree(root / "test")
     train, test = (data.load_classification("folder", root, s, SIZE) for s in ("train", "test"))
     assert test.labels.tolist() == [0, 1] and len(train.labels) == 10
-    assert "no test/; 2 of 12 images" in capsys.readouterr().err
+    assert "(2 of 12 images) is used for testing" in capsys.readouterr().err
     (root / "unlabelled").mkdir()
     save(root / "unlabelled/x.png", NOISE[0])
     assert data.load_classification("folder", root, "train", SIZE).labels.tolist()[-1] == -1
