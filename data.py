@@ -55,9 +55,10 @@ CHECKPOINT_FORMAT = 1  # increase it when checkpoints change: others are rejecte
 SPLIT_SEED = 2018  # seed of random splits of a data set without splits; independent of --seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 BIRDS_COUNTS = {"train": 1000, "test": 600}
-# Flags that are not taken from a checkpoint. All others must agree with it.
-MAY_DIFFER = {"device", "num_workers", "out", "compile", "save_every", "overwrite", "command"}
-MAY_DIFFER |= {"resume", "eval_only", "checkpoint", "predict"}
+# Flags that are not taken from a checkpoint, and those that may differ from it.
+NOT_KEPT = {"device", "num_workers", "out", "overwrite", "resume", "eval_only", "checkpoint"}
+NOT_KEPT |= {"predict", "command"}
+MAY_DIFFER = {"data_root", "compile", "save_every"}
 RUN_FILES = ["best.pt", "last_*.pt", "log*.csv", "result.json"]  # what a run writes to its folder
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be valid UTF-8
 
@@ -200,14 +201,14 @@ def parse_flags(parser, argv, method):
     if "nets" not in saved and not args.resume:
         why = "is not the best.pt of a finished run; give that, or finish the run by --resume"
         raise DataError(f"{path.resolve()} {why}")
-    may_differ = MAY_DIFFER | {"amp"} if args.predict else MAY_DIFFER
-    kept = {name: value for name, value in saved["args"].items() if name not in may_differ}
+    not_kept = NOT_KEPT | {"amp"} if args.predict else NOT_KEPT
+    kept = {name: value for name, value in saved["args"].items() if name not in not_kept}
     parser.set_defaults(**kept)
     args = parse()
     args.command = saved["args"]["command"]
     for name, before in kept.items():
         now = getattr(args, name)
-        if now != before and name != "data_root":
+        if now != before and name not in MAY_DIFFER:
             if name == "size":
                 before, now = (f"{w}x{h}" for h, w in (before, now))
             flag = "--" + name.replace("_", "-")
@@ -238,11 +239,10 @@ def run_files(folder):
 
 
 def prepare_folder(folder):
-    """Create the folder of a new run and delete what an earlier run and its network wrote to it."""
+    """Create the folder of a new run and delete the files of an earlier run, but no predictions."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in run_files(folder):
+    for file in [*run_files(folder), *folder.glob("*.tmp")]:
         file.unlink()
-    shutil.rmtree(folder / "predictions", ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -365,7 +365,7 @@ def _orientation(img):
 def _is_16_bit_colour(img):
     """Whether an open image has 16-bit colours, of which Pillow keeps the upper 8 bits."""
     kinds = [str(tile[3]) for tile in img.tile]  # PNG and TIFF: "RGB;16B", PPM: ("RGB", 65535)
-    return img.mode[0] not in "IF" and any(re.search(r";16[BLN]|, \d{4,}", kind) for kind in kinds)
+    return img.mode[0] not in "IF" and any(re.search(";16[BLN]|65535", kind) for kind in kinds)
 
 
 def _flatten_alpha(img, colour):
@@ -398,7 +398,7 @@ def read_image(path, size=None):
                 why = f"grey levels {low:g} to {high:g}, and it is unknown which one is white"
                 raise DataError(f"{path}: {why}; save it as 8 bits, or as 16 with white 65535")
             img = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-        elif is_16_bit_colour and 0 < max(x for _, x in img.convert("RGB").getextrema()) < 128:
+        elif is_16_bit_colour and max(x for _, x in img.convert("RGB").getextrema()) < 128:
             why = "16-bit colours below 32768, and it is unknown which one is white"
             raise DataError(f"{path}: {why}; save it as 8 bits")
         elif img.has_transparency_data and img.convert("RGBA").getextrema()[3][1] == 0:
@@ -420,10 +420,10 @@ def read_mask(path, image):
         image_orientation = _orientation(img)
         image_size = ImageOps.exif_transpose(img).size if image_orientation > 1 else img.size
     with _open(path) as mask:
-        orientation = _orientation(mask)
-        is_lossy = mask.format in ("JPEG", "WEBP")
-        if _is_16_bit_colour(mask):
+        if _is_16_bit_colour(mask):  # before getexif(), which may read the file
             raise DataError(f"{path}: has 16-bit colours; save it as 8 bits, the object as 255")
+        is_lossy = mask.format in ("JPEG", "WEBP")
+        orientation = _orientation(mask)
         mask = ImageOps.exif_transpose(mask)
         if mask.size != image_size:
             why = f"has the size {mask.size}, but its image {image} has {image_size}"
@@ -461,13 +461,16 @@ def _ambiguity(mask, rgb, is_lossy):
     colours = rgb[1:, 1:][is_block].astype(np.int64) @ 1000 ** np.arange(rgb.shape[2])
     counts = np.sort(np.unique(colours, return_counts=True)[1])
     second = counts[-2] / level.size if len(counts) > 1 else 0  # share of the second colour
-    # Lossy compression and resizing change black and white a little, in small areas.
-    is_lossy |= len(near_black) > 0 and len(near_white) > 0 and second < 0.01
-    if 1 < top < 32 or (not is_lossy and (near_black < 10).any()):
+    # Lossy compression and resizing leave many levels near black and white, or small areas.
+    few = min(len(near_black), len(near_white))
+    is_lossy |= few >= 3 or (few > 0 and second < 0.002)
+    small = near_black[near_black < 10]
+    in_blocks = np.isin(small, level[1:, 1:][is_block]).any()
+    if 1 < top < 32 or (not is_lossy and len(small) and (in_blocks or len(levels) <= 4)):
         return "contains small values that look like class labels"
     if second > 0 and (not is_lossy or (is_block & is_between[1:, 1:]).mean() > 0.01):
         return "contains more than two values"
-    if is_between.mean() > 0.1 or rgb[level >= 0.9 * top].std(0).max() > 0.1 * top:
+    if is_between.mean() > 0.25 or rgb[level >= 0.9 * top].std(0).max() > 0.1 * top:
         return "contains many grey levels or colours"
     return None
 
@@ -755,8 +758,11 @@ def _class_folders(root, split):
     """
     _report_unused(root, ["train", "test", "unlabelled"])
     draw_test = not (root / "test").is_dir()
-    train = _classes(root / "train", needed=2 if draw_test else 1)
-    test = train if draw_test else _classes(root / "test", needed=1)
+    if split == "test" and not draw_test and not (root / "train").is_dir():  # enough to evaluate
+        train = test = _classes(root / "test", needed=1)
+    else:
+        train = _classes(root / "train", needed=2 if draw_test else 1)
+        test = train if draw_test else _classes(root / "test", needed=1)
     alone = [(train | test)[name][0] for name in sorted(train.keys() ^ test.keys())]
     raise_errors([f"{path}: this class is not in both train/ and test/" for path in alone])
     labels = {name: label for label, name in enumerate(train)}
@@ -1093,13 +1099,15 @@ def predict_images(paths, size, folder, checkpoint, predict):
     of holiday/sub/a.jpg are <folder>/holiday/sub/a_<kind>.png if the folder holiday was given, and
     <folder>/a_<kind>.png if the file was. If a name belongs to another image or checkpoint, a
     number is appended; predicting an image again replaces its pictures and its row of the table.
+    checkpoint: the path of the network, which the table names together with a hash of the file.
     Files that cannot be used are skipped and reported in one DataError at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = os.path.abspath(checkpoint)
+    content = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    checkpoint = f"{os.path.abspath(checkpoint)} ({content[:8]})"
     table, errors = folder / "predictions.csv", []
     rows = _read_predictions(table)  # {name: row}
-    names = _name_predictions(paths, checkpoint, rows, errors)  # {image: name}
+    names = _name_predictions(paths, folder, checkpoint, rows, errors)  # {image: name}
     written = time.monotonic()
     try:
         for path, name in progress(names.items(), "predict", len(names), unit="image"):
@@ -1135,9 +1143,13 @@ def _read_predictions(table):
     if not table.exists():
         return {}
     with open(table, newline="", **TEXT) as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:  # a row of another length has None among its keys or values
-        if list(row)[:3] != ["name", "file", "checkpoint"] or None in [*row, *row.values()]:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    header = reader.fieldnames or ["name", "file", "checkpoint"]
+    for row in [dict.fromkeys(header, "x"), *rows]:
+        # A row of another length has None among its keys or values.
+        is_intact = list(row)[:3] == ["name", "file", "checkpoint"] and None not in row.values()
+        if not is_intact or None in row or not row["name"] or not row["file"]:
             raise DataError(f"{table.resolve()}: was changed by another program; move it away")
     return {row["name"]: row for row in rows}
 
@@ -1151,8 +1163,8 @@ def _write_predictions(table, rows):
         write_text(table, text.getvalue())
 
 
-def _name_predictions(paths, checkpoint, rows, errors):
-    """Choose a name for each image, {image: name}, that no other image or checkpoint in rows has.
+def _name_predictions(paths, folder, checkpoint, rows, errors):
+    """Choose a name for each image, {image: name}, that no other image or checkpoint has.
 
     Folders that cannot be read, or have no image, are added to errors.
     """
@@ -1161,8 +1173,13 @@ def _name_predictions(paths, checkpoint, rows, errors):
         top, *inside = PurePosixPath(name).parts
         owners[name.casefold()] = row["file"], row["checkpoint"]
         if inside:  # top stands for a folder that was given
-            place = str(Path(row["file"]).parents[len(inside) - 1])
+            place = row["file"]
+            for _ in inside:
+                place = os.path.dirname(place)
             owners[top.casefold()] = place, row["checkpoint"]
+    for path in folder.rglob("*.png"):  # pictures that are not in the table
+        name = path.relative_to(folder).as_posix().rsplit("_", 1)[0]
+        owners.setdefault(name.casefold(), None)
 
     def unique(name, path):
         free, k = name, 1

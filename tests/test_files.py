@@ -91,7 +91,8 @@ def test_images_that_could_be_read_in_two_ways_are_refused(tmp_path):
         b"P6 48 32 65535\n" + np.stack([RAMP] * 3, -1).astype(">u2").tobytes()
     )
     refused("deep.ppm: 16-bit colours", data.read_image, deep)
-    refused("deep.ppm: has 16-bit colours", data.read_mask, deep, deep)
+    for mask in (deep, deep.with_suffix(".png")):
+        refused("deep.*: has 16-bit colours", data.read_mask, mask, deep)
 
 
 def palette(pixels, *colours):
@@ -294,7 +295,9 @@ def test_class_folders_with_and_without_a_test_set(tmp_path, capsys):
     assert data.load_classification("folder", root, "train", SIZE).labels.tolist()[-1] == -1
 
 
-def predict(*paths, folder, checkpoint="best.pt"):
+def predict(*paths, folder, network="best.pt"):
+    (checkpoint := folder.parent / network).write_text(network)
+
     def dark(photo):
         return {"mask": photo.img[0].numpy()}, {
             "dark": round(255 - photo.img.float().mean().item())
@@ -328,13 +331,17 @@ def test_predictions_never_overwrite_another_picture(tmp_path, capsys):
     assert masks["A.png"] == "A_3_mask.png" and masks["y/A/2.png"] == "A_2/2_mask.png"
     assert len(predict(tmp_path, folder=out)) == 13  # not of the predictions
     assert "skipped the pictures of earlier predictions" in capsys.readouterr().err
-    rows = predict(tmp_path / "A.png", folder=out, checkpoint="other.pt")  # another network
+    rows = predict(tmp_path / "A.png", folder=out, network="other.pt")
     assert rows[-1]["mask"] == "A_4_mask.png" and rows[-1]["file"] == str(tmp_path / "A.png")
-    for text in ("a,b\n1,2\n", "name,file,checkpoint,mask,dark\nx,y\n", "name;file\n1;2\n"):
+    head = "name,file,checkpoint,mask,dark\n"
+    for text in ("hello", "name;file\n1;2\n", f"{head}x,y\n", f"{head},,,,\n"):
         (out / "predictions.csv").write_text(text)
         refused("predictions.csv: was changed", lambda: predict(tmp_path / "A.png", folder=out))
     (out / "predictions.csv").write_text("name,file,checkpoint,mask\nx,y,z,x_mask.png\n")
     refused("predictions.csv: has other columns", lambda: predict(tmp_path / "A.png", folder=out))
+    (out / "predictions.csv").unlink()  # its pictures stay
+    before = set(out.rglob("*.png"))
+    assert not before & {out / row["mask"] for row in predict(tmp_path / "x/A", folder=out)}
 
 
 def test_predictions_go_on_after_bad_files_and_keep_names_that_are_not_utf8(tmp_path):
