@@ -57,8 +57,8 @@ SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 BIRDS_COUNTS = {"train": 1000, "test": 600}
 # Flags that are not taken from a checkpoint, and those that may differ from it.
 NOT_KEPT = {"device", "num_workers", "out", "overwrite", "resume", "eval_only", "checkpoint"}
-NOT_KEPT |= {"predict", "command"}
-MAY_DIFFER = {"data_root", "compile", "save_every"}
+NOT_KEPT |= {"predict", "command", "compile"}
+MAY_DIFFER = {"data_root", "save_every"}
 RUN_FILES = ["best.pt", "last_*.pt", "log*.csv", "result.json"]  # what a run writes to its folder
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be valid UTF-8
 
@@ -316,10 +316,8 @@ def find_images(folder):
                 (images if is_image else others).append(Path(parent, name))
     if others:
         total = len(images) + len(others)
-        print_once(
-            f"{folder}: skipped {len(others)} of {total} files that are not supported images, "
-            f"such as {min(others).name}"
-        )
+        example = f"files that are not supported images, such as {min(others).name}"
+        print_once(f"{folder}: skipped {len(others)} of {total} {example}")
     if not images:
         raise DataError(f"{folder}: no image in this folder; add some or correct the path")
     return sorted(images)
@@ -350,7 +348,7 @@ def _open(path):
             if img.mode[0] in "IF" and getattr(img, "tag_v2", {}).get(262) == 0:  # TIFF
                 raise DataError(f"{path}: white is stored as 0; save it with black as 0")
             yield img
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:
         raise DataError(f"{path}: cannot be read ({error}); replace or remove it") from error
@@ -458,7 +456,7 @@ def _ambiguity(mask, rgb, is_lossy):
     # Colours that fill blocks of 2 x 2 pixels. Soft edges have hardly any, other classes do.
     is_block = (rgb[1:, 1:] == rgb[:-1, 1:]) & (rgb[1:, 1:] == rgb[1:, :-1])
     is_block = (is_block & (rgb[1:, 1:] == rgb[:-1, :-1])).all(2) & (level[1:, 1:] > 0)
-    colours = rgb[1:, 1:][is_block].astype(np.int64) @ 1000 ** np.arange(rgb.shape[2])
+    colours = rgb[1:, 1:][is_block] @ 1000.0 ** np.arange(rgb.shape[2])  # a number for each
     counts = np.sort(np.unique(colours, return_counts=True)[1])
     second = counts[-2] / level.size if len(counts) > 1 else 0  # share of the second colour
     # Lossy compression and resizing leave many levels near black and white, or small areas.
@@ -1123,10 +1121,10 @@ def predict_images(paths, size, folder, checkpoint, predict):
                 why = "has other columns; move it away or give another --out"
                 raise DataError(f"{table.resolve()}: {why}")
             rows[name] = row
-            if (
-                time.monotonic() - written > len(rows) / 1000
-            ):  # seconds: not too often if it is long
-                _write_predictions(table, rows)  # first, so that no picture is without a row
+            # Rarely if the table is long, as it is written as a whole; before the pictures, so that
+            # each has a row even if the process is killed.
+            if time.monotonic() - written > len(rows) / 1000:  # seconds
+                _write_predictions(table, rows)
                 written = time.monotonic()
             try:
                 for kind, pixels in pictures.items():
