@@ -1121,8 +1121,8 @@ def predict_images(paths, size, folder, checkpoint, predict):
                 why = "has other columns; move it away or give another --out"
                 raise DataError(f"{table.resolve()}: {why}")
             rows[name] = row
-            # Rarely if the table is long, as it is written as a whole; before the pictures, so that
-            # each has a row even if the process is killed.
+            # Write the table before the pictures, so that each has a row even if this is killed,
+            # but less often if it is long.
             if time.monotonic() - written > len(rows) / 1000:  # seconds
                 _write_predictions(table, rows)
                 written = time.monotonic()
