@@ -42,6 +42,12 @@ def error_lines(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if ".py: error: " in line]
 
 
+@pytest.fixture(autouse=True)
+def empty_working_folder(tmp_path, monkeypatch):
+    """No test sees the user's own runs in out/."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """trained(script): where the results of its TINY run are; a script is trained once."""
