@@ -523,15 +523,15 @@ def _decode_files(key, sources, decode, root, workers):
     `<root>/.cache/<key>.pt`; it is used while names, sizes and times of the files are unchanged.
     """
     cache = root / ".cache" / f"{key}.pt"
-    listing = [CACHE_FORMAT]
+    files = [CACHE_FORMAT]
     for path in itertools.chain(*sources):
         with contextlib.suppress(OSError):  # decode() reports it
             stat = path.stat()
             state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            listing.append([os.path.relpath(path, root), *state])
+            files.append([os.path.relpath(path, root), *state])
     with contextlib.suppress(Exception):  # no cache, or a broken one
         saved = torch.load(cache, mmap=True, weights_only=True)
-        if saved["listing"] == listing:
+        if saved["files"] == files:
             return saved["pixels"], saved["flags"], saved["fingerprint"]
 
     def try_to_decode(paths):
@@ -559,7 +559,7 @@ def _decode_files(key, sources, decode, root, workers):
     state = {"pixels": pixels, "flags": flags, "fingerprint": fingerprint(contents)}
     try:
         cache.parent.mkdir(exist_ok=True)
-        _save({"listing": listing, **state}, cache)
+        _save({"files": files, **state}, cache)
     except (DataError, OSError) as error:  # a read-only folder, a full disk
         print(f"warning: {error}; images will be decoded again next time", file=sys.stderr)
     return pixels, flags, state["fingerprint"]
