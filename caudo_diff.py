@@ -910,14 +910,9 @@ def train_all(ctx, expansion, labelled):
         train(ctx, "full_supervision", steps, partial(draw_labelled, ctx, labelled))
 
 
-def best_checkpoint(args, folder):
-    """The checkpoint of a finished run, --checkpoint or best.pt in its folder."""
-    return args.checkpoint or folder / "best.pt"
-
-
-def load_run(args, folder, fingerprints):
-    """The networks of a finished run and its best.pt; fingerprints: of the data, checked."""
-    state = data.load_checkpoint(best_checkpoint(args, folder), METHOD, fingerprints)
+def load_run(args, folder, best, fingerprints):
+    """The networks of a finished run and its best.pt; fingerprints: of the data, to be checked."""
+    state = data.load_checkpoint(best, METHOD, fingerprints)
     encoder = Encoder(args.encoder, args.size, pretrained=False).to(args.device)
     encoder.load_state_dict(state["encoder"])
     known = {name: state[name] for name in ("seconds", "levels", "convex")}
@@ -929,8 +924,10 @@ def load_run(args, folder, fingerprints):
 
 
 def pseudo_labels(ctx, labelled, others):
-    """How good the labels of the first round are {labels: {metric: number}}; others: indices of
-    the unlabelled images in the set labelled."""
+    """Metrics of the labels of the first round, {labels: {metric: number}}.
+
+    labelled: the training set with its masks; others: indices of the unlabelled images in it.
+    """
     images = labelled.images[others]
     index, first, _ = label(ctx, "self_training", 1, images)
     _, p0, p1 = label(ctx, "caudo_diff", 1, images)
@@ -956,8 +953,7 @@ def train_run(test, args, folder):
     i = choose_exemplar(train_set, args.exemplar)
     exemplar, others = train_set.ids[i], [k for k in range(len(train_set)) if k != i]
     if not others:
-        where = f"{args.data_root}: no unlabelled image beside the exemplar; add some"
-        raise DataError(where)
+        raise DataError(f"{args.data_root}: no unlabelled image beside the exemplar; add some")
     mask = data.load_mask(args.data, args.data_root, "train", exemplar, args.size)  # (1, H, W)
     if mask.all():
         raise DataError(f"--exemplar {exemplar}: its mask covers the whole image; name another")
@@ -983,9 +979,10 @@ def train_run(test, args, folder):
 def run(args):
     """Train, then evaluate and draw; or only evaluate; or predict."""
     folder = data.run_folder(METHOD, args)
+    best = args.checkpoint or folder / "best.pt"
     if args.predict:
-        ctx, _ = load_run(args, folder, {})
-        predictions, best = folder / "predictions", best_checkpoint(args, folder)
+        ctx, _ = load_run(args, folder, best, {})
+        predictions = folder / "predictions"
         shape = ", each one convex object like the exemplar's" if ctx.convex else ""
         print(f"predictions go to {predictions}{shape}")
         segment_one = partial(segment_photo, ctx=ctx)
@@ -993,7 +990,7 @@ def run(args):
     test = load("test", args)
     if not args.eval_only:
         train_run(test, args, folder)
-    ctx, state = load_run(args, folder, {"test": test.fingerprint})
+    ctx, state = load_run(args, folder, best, {"test": test.fingerprint})
     rows, pred = evaluate(ctx, test, state["mask"])
     data.print_table(rows)
     more = {"exemplar": state["exemplar"], "n_images": len(test)}

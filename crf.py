@@ -103,7 +103,7 @@ class DenseCRF(nn.Module):
                 "image lies in [0, 1], DenseCRF expects 0..255: give 255 * image", stacklevel=2
             )
         if u[1] == 1:
-            warnings.warn("a single label: Q is 1 everywhere; give probs of 2 labels", stacklevel=2)
+            warnings.warn("a single label: Q is 1 everywhere; add a background label", stacklevel=2)
         with torch.autocast(unary.device.type, enabled=False):
             unary = unary.to(torch.promote_types(unary.dtype, torch.float32))  # float64 stays
             messages = self.messages(image.detach().to(unary.dtype))

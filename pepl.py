@@ -89,17 +89,17 @@ def parse_args(argv=None):
     add("--mu", type=whole(1), default=3, help="unlabelled images in a step, times --batch-size")
     lr = "peak learning rate of the linear layer; by default 0.05 with --arch tiny, else 0.03"
     add("--lr", type=number(1e-9, 10), help=lr)
-    lr = "that of all other layers; by default that of --lr, with --pretrained 0.01"
+    lr = "that of all other layers; by default 0.01 with --pretrained, else the default of --lr"
     add("--lr-backbone", type=number(1e-9, 10), help=lr)
     add("--labels", type=number(1e-6, 1), default=0.1, help="share of the images that is labelled")
     add("--labels-per-class", type=whole(1), help="instead: labelled images of each class")
     default = ["supervised", "freematch", "pepl"]
     add("--method", nargs="+", default=default, choices=METHODS, help="train and compare these")
-    arch = "tiny, efficientnet_lite0 (default with --pretrained), or torchvision's, as resnet50"
+    arch = "tiny, efficientnet_lite0 (default with --pretrained), or of torchvision: resnet50 ..."
     add("--arch", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
-    freeze = "0: train all; K: not the stem and K stages; by default all before the last that "
-    freeze += "halves with --pretrained, else 0"
+    freeze = "K freezes the stem and K stages, 0 nothing; by default 0, with --pretrained 5 for an "
+    freeze += "EfficientNet and 3 for a ResNet"
     add("--freeze", type=whole(0), help=freeze)
     add("--stride", type=int, default=16, choices=[16, 32], help="px a cell of the maps; tiny: 6")
     add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
@@ -371,7 +371,7 @@ def classify_photo(photo, net, classes, args):
 
 
 def predict(args):
-    """Classify --predict files by the last method that was trained."""
+    """Classify the files of --predict by the last method of --method."""
     folder = data.run_folder(METHOD, args)
     best, predictions = args.checkpoint or folder / "best.pt", folder / "predictions"
     state = data.load_checkpoint(best, METHOD)

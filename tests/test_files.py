@@ -1,4 +1,4 @@
-"""Files of the real world: what is read is used rightly, or refused with a line that names it."""
+"""Files of the real world are read correctly, or rejected with a line that names them."""
 
 import os
 import shutil
@@ -229,7 +229,7 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
     assert load(tmp_path / "set").ids == ["a", "b", "c"]
 
 
-def test_names_are_compared_as_people_read_them(tmp_path):
+def test_names_are_compared_without_case_and_unicode_form(tmp_path):
     make_set(tmp_path / "set/val", [unicodedata.normalize("NFC", "é"), "IMG_2"])
     masks = tmp_path / "set/val/masks"
     accent = unicodedata.normalize("NFD", "é")
@@ -344,7 +344,7 @@ def test_predictions_never_overwrite_another_picture(tmp_path, capsys):
     assert not before & {out / row["mask"] for row in predict(tmp_path / "x/A", folder=out)}
 
 
-def test_predictions_go_on_after_bad_files_and_keep_names_that_are_not_utf8(tmp_path):
+def test_predictions_skip_bad_files_and_keep_names_that_are_not_utf8(tmp_path):
     names = ["a.jpg", "b, c.png", os.fsdecode(b"caf\xe9.png"), "\u0436.png"]
     for name in names:
         save(tmp_path / "in" / name, NOISE[0])
@@ -362,7 +362,7 @@ def test_predictions_go_on_after_bad_files_and_keep_names_that_are_not_utf8(tmp_
     assert all((tmp_path / "out" / row["mask"]).exists() for row in rows)
 
 
-def test_what_is_enlarged_lies_in_its_place(tmp_path):
+def test_enlarge_keeps_positions(tmp_path):
     path = save(tmp_path / "a.png", np.stack([DISC * 255] * 3, -1))
     photo = data.Photo(data.read_image(path), data.read_image(path, SIZE))
     back = data.enlarge(photo.small.float(), photo)

@@ -1,4 +1,4 @@
-"""Every part in docs/parts.md works alone, with the other names and imports of its row."""
+"""Every part in docs/parts.md works when copied with the names and imports of its row."""
 
 import ast
 import re

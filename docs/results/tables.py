@@ -64,7 +64,7 @@ SUMMARY = {
     "Caudo-Diff": (
         "dice",
         [None],
-        [(EXEMPLARS, "caudo_diff", "with colour edges, convex")],
+        [(EXEMPLARS, "caudo_diff", "colour edges, convex")],
         [
             (EXEMPLARS, "self_training", "self-training"),
             (EXEMPLARS, "colour_edges", "no diffusion"),
