@@ -55,6 +55,7 @@ CHECKPOINT_FORMAT = 1  # increase it when checkpoints change: others are rejecte
 SPLIT_SEED = 2018  # seed of random splits of a data set without splits; independent of --seed
 SYNTHETIC_COUNTS = {"train": 600, "val": 64, "test": 128}
 BIRDS_COUNTS = {"train": 1000, "test": 600}
+TAG_COLUMNS = ["image", "left", "top", "width", "height", "tag"]
 # Flags that are not taken from a checkpoint, and those that may differ from it.
 NOT_KEPT = {"device", "num_workers", "out", "overwrite", "resume", "eval_only", "checkpoint"}
 NOT_KEPT |= {"predict", "command", "compile"}
@@ -172,7 +173,7 @@ def parse_flags(parser, argv, method):
     Returns the flags; `command` is the command line of the training. Raises DataError if the
     checkpoint cannot be used, if a given flag contradicts it, or if the run would replace an
     earlier one. Data are identified by fingerprints, so --data-root may differ; with --predict,
-    --amp may differ too, as it depends on the device.
+    --amp may differ too, as it depends on the device; --resume may add to --method.
     """
 
     def parse():
@@ -186,7 +187,7 @@ def parse_flags(parser, argv, method):
     args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     folder = run_folder(method, args)
     if args.resume:
-        path = next(iter(sorted(folder.glob("*.pt"))), None)
+        path = max(folder.glob("*.pt"), key=os.path.getmtime, default=None)
         if path is None:
             todo = "check --out, --data-root and --seed, or run without --resume"
             raise DataError(f"{folder.resolve()}: no checkpoint to resume; {todo}")
@@ -204,11 +205,14 @@ def parse_flags(parser, argv, method):
     not_kept = NOT_KEPT | {"amp"} if args.predict else NOT_KEPT
     kept = {name: value for name, value in saved["args"].items() if name not in not_kept}
     parser.set_defaults(**kept)
-    args = parse()
+    command, args = args.command, parse()
     args.command = saved["args"]["command"]
     for name, before in kept.items():
         now = getattr(args, name)
-        if now != before and name not in MAY_DIFFER:
+        if name == "method" and args.resume and set(before) <= set(now):
+            if set(before) < set(now):
+                args.command += f" && {command}"
+        elif now != before and name not in MAY_DIFFER:
             if name == "size":
                 before, now = (f"{w}x{h}" for h, w in (before, now))
             flag = "--" + name.replace("_", "-")
@@ -632,38 +636,141 @@ def load_mask(name, root, split, image_id, size):
     return mask
 
 
+def _folders(name, root, split):
+    """Return the image folder, the mask folders and the splits that are missing, for a split."""
+    if name == "isic2018":
+        kind = SPLITS[split]
+        folder = root / f"ISIC2018_Task1-2_{kind}_Input"
+        folder = folder if folder.is_dir() else root / "isic2018" / folder.name
+        return folder, [folder.with_name(f"ISIC2018_Task1_{kind}_GroundTruth")], []
+    base, missing_splits = root / split, []
+    if not any((root / name).is_dir() for name in SPLITS):
+        base, missing_splits = root, ["val", "test"]
+    elif split != "test" and not (root / "val").is_dir():
+        base, missing_splits = root / "train", ["val"]
+    numbered = sorted(p for p in base.glob("masks_*") if re.fullmatch(r"masks_\d+", p.name))
+    return base / "images", numbered or [base / "masks"], missing_splits
+
+
+def has_masks(name, root, split):
+    """Return whether a split has masks: always, but for a folder without the subfolder masks."""
+    return name != "folder" or any(p.is_dir() for p in _folders(name, Path(root), split)[1])
+
+
 def find_pairs(name, root, split, required=None):
     """Return {id: (image path, mask path of each rater)} for a split, sorted by name.
 
     An id is the name of an image without suffix, with its subfolders if names repeat. required:
     ids of the images that must have masks; by default all. folder: <root>/<split>/{images,masks},
     for several raters masks_1, masks_2 ...; without val, a tenth of train; without splits,
-    80/10/10 %. isic2018: the official folders, downloaded if missing. Raises DataError.
+    80/10/10 %, or all for training if there are no masks. isic2018: the official folders,
+    downloaded if missing. Raises DataError.
     """
-    missing_splits = []
+    folder, mask_folders, missing_splits = _folders(name, root, split)
     if name == "isic2018":
-        kind = SPLITS[split]
-        folder = root / f"ISIC2018_Task1-2_{kind}_Input"
-        folder = folder if folder.is_dir() else root / "isic2018" / folder.name
-        mask_folders = [folder.with_name(f"ISIC2018_Task1_{kind}_GroundTruth")]
         for part in [folder] if required == [] else [folder, *mask_folders]:
             download(f"{ISIC_URL}/{part.name}.zip", part, "all of ISIC 2018 Task 1: 13 GB")
     else:
-        base = root / split
-        if not any((root / name).is_dir() for name in SPLITS):
-            base, missing_splits = root, ["val", "test"]
-        elif split != "test" and not (root / "val").is_dir():
-            base, missing_splits = root / "train", ["val"]
-        if base != root:
+        if folder.parent != root:
             _report_unused(root, SPLITS)
-        folder, mask_folders = base / "images", [base / "masks"]
-        numbered = sorted(p for p in base.glob("masks_*") if re.fullmatch(r"masks_\d+", p.name))
-        mask_folders = numbered or mask_folders
-        _report_unused(base, [folder.name, *(place.name for place in mask_folders)])
+        _report_unused(folder.parent, [folder.name, *(place.name for place in mask_folders)])
     pairs = pair_by_name(folder, [] if required == [] else mask_folders, required)
-    if missing_splits:
+    if missing_splits and has_masks(name, root, split):
         pairs = _draw_split(folder, pairs, split, missing_splits)
     return pairs
+
+
+def find_tags(name, root):
+    """Return the path of tags.csv beside the training images of a folder, or None."""
+    if name != "folder":
+        return None
+    path = _folders(name, Path(root), "train")[0].with_name("tags.csv")
+    return path if path.exists() else None
+
+
+def _sizes_of_images(name, root, ids):
+    """Return {id: (path below the image folder, (w, h))} of training images, upright."""
+    folder, pairs = _folders(name, root, "train")[0], find_pairs(name, root, "train", [])
+    sizes = {}
+    for i in ids:
+        with _open(pairs[i][0]) as img:
+            size = img.size if _orientation(img) < 5 else img.size[::-1]
+        sizes[i] = pairs[i][0].relative_to(folder).as_posix(), size
+    return sizes
+
+
+def write_tags(path, name, root, ids, tiles, tags, names):
+    """Write tiles (N, K, 4) and tags (N, K) of training images, as read_tags() returns them."""
+    if Path(path).exists():
+        raise DataError(f"{path}: this file exists; choose another name or remove it")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(TAG_COLUMNS)
+    images = _sizes_of_images(name, _existing_root(root), ids)
+    for (image, (w, h)), image_tiles, image_tags in zip(images.values(), tiles, tags, strict=True):
+        pixels = (image_tiles * torch.tensor([w, h, w, h])).tolist()
+        for tile, tag in zip(pixels, image_tags.tolist(), strict=True):
+            writer.writerow(
+                [image, *(f"{x:.2f}".rstrip("0").rstrip(".") for x in tile), names[tag]]
+            )
+    write_text(Path(path), text.getvalue())
+
+
+def read_tags(path, name, root, ids, names):
+    """Read tags.csv: tiles (N, K, 4) and tags (N, K) of training images.
+
+    A row is image, left, top, width, height, tag: the image's path below images/, a rectangle in
+    pixels of the upright image, and one of `names`. Returns tiles as left, top, width and height,
+    float, as shares of the image's width and height, and tags as int64 indices of names. An image
+    with fewer than K tiles has the tag -1 at the end. Raises DataError for rows that are wrong.
+    """
+    root = _existing_root(root)
+    images = _sizes_of_images(name, root, ids)
+    folder = path.with_name("images")
+    known = {_normalize(p.relative_to(folder).as_posix()) for p in find_images(folder)}
+    found = {_normalize(image): [] for image, _ in images.values()}
+    sizes = {_normalize(image): size for image, size in images.values()}
+    errors = []
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        columns = reader.fieldnames or []
+        if not set(TAG_COLUMNS) <= set(columns):
+            needs = f"needs the columns {','.join(TAG_COLUMNS)}, separated by commas"
+            raise DataError(f"{path}: {needs}; its first line is {','.join(columns)!r}")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            image, tag = (str(row[column]).strip() for column in ("image", "tag"))
+            if _normalize(image) not in known:
+                errors.append(f"{where}: {folder / image} does not exist; correct the name")
+            elif tag.lower() not in names:
+                errors.append(f"{where}: the tag is {tag!r}, not one of {', '.join(names)}")
+            elif _normalize(image) in found:  # else of another split
+                w, h = sizes[_normalize(image)]
+                tile = _read_tile(row, w, h)
+                if tile:
+                    found[_normalize(image)].append((tile, names.index(tag.lower())))
+                else:
+                    errors.append(f"{where}: no rectangle inside the image, {w} x {h} pixels")
+    raise_errors(errors)
+    most = max(map(len, found.values()))
+    tiles = torch.zeros(len(ids), most, 4)
+    tags = torch.full((len(ids), most), -1)
+    for i, rows in enumerate(found.values()):
+        for k, (tile, tag) in enumerate(rows):
+            tiles[i, k], tags[i, k] = torch.tensor(tile), tag
+    return tiles, tags
+
+
+def _read_tile(row, w, h):
+    """Left, top, width, height of a row, as shares of an image's size, or None if it is wrong."""
+    try:
+        left, top, width, height = (float(row[column]) for column in TAG_COLUMNS[1:5])
+    except (TypeError, ValueError):
+        return None
+    inside = min(left, top) >= 0 and left + width <= w + 0.01 and top + height <= h + 0.01
+    if not inside or not min(width, height) > 0:  # also true for NaN
+        return None
+    return left / w, top / h, width / w, height / h
 
 
 def _draw_split(folder, pairs, split, missing_splits):
@@ -860,6 +967,13 @@ def label_split(labels, fraction=None, per_class=None, seed=0, classes=None):
 # ==================================================================================================
 # 5. Augmentation and a pretrained network
 # ==================================================================================================
+
+
+def to_device_if_it_fits(x, device):
+    """Move a tensor to a GPU if it takes at most half of the memory that is free there."""
+    if device.startswith("cuda") and x.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+        return x.to(device)
+    return x
 
 
 def augment(images, masks, flips=True):

@@ -22,7 +22,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint
 QUICK = ["--quick", "--device", "cpu", "--save-every", "4"]
 LATE = ["--warm-up", "0.3", "--mix-start", "0.4", "--neighbours", "3"]
 TINY = {  # flags of a run of seconds with all that a script has
-    diffseg: [*QUICK, "--size", "32x16", "--width", "16"],
+    diffseg: [*QUICK, "--size", "32x16", "--width", "16", "--method", *diffseg.STAGES],
     pepl: [*QUICK, "--size", "16", "--amp", "off", *LATE, "--method", *pepl.METHODS],
     caudo_diff: [*QUICK, "--size", "32x16", "--rounds", "1"],
 }

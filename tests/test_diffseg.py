@@ -1,13 +1,17 @@
 """DiffSeg: its mathematics against independent references, and what it may see."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, error_lines, result, run, same_weights, segmentation_folder
+from conftest import TINY, best, error_lines, result, run, same_weights, segmentation_folder
 
 import crf
-import data
 import diffseg
+
+FLAGS = TINY[diffseg][: -1 - len(diffseg.STAGES)]  # without --method
 
 
 def random(*shape, seed=0):
@@ -27,7 +31,7 @@ def test_noise_and_difference_are_those_of_the_papers_pseudo_noises(t):
     assert torch.allclose(found, (expected - low) / (high - low), atol=1e-4)
 
 
-def test_ged_ambiguity_and_correlation_by_explicit_loops():
+def test_ged_and_ambiguity_by_explicit_loops():
     s, y = random(3, 5, 6, 7) > 0.5, random(3, 2, 6, 7, seed=1) > 0.4
     s[0, 0] = s[0, 1] = y[0, 0] = False  # empty against empty and against full
 
@@ -37,11 +41,7 @@ def test_ged_ambiguity_and_correlation_by_explicit_loops():
 
     expected = [2 * mean(a, b) - mean(a, a) - mean(b, b) for a, b in zip(s, y, strict=True)]
     assert diffseg.ged(s, y).tolist() == pytest.approx(expected, abs=1e-5)
-    a, b = diffseg.ambiguity(s), diffseg.ambiguity(y)
-    assert np.allclose(a, s.numpy().var(1), atol=1e-6)
-    expected = [np.corrcoef(p.ravel(), q.ravel())[0, 1] for p, q in zip(a, b, strict=True)]
-    assert diffseg.correlation(a, b).tolist() == pytest.approx(expected, abs=1e-5)
-    assert diffseg.correlation(a, torch.zeros_like(b)).tolist() == [0, 0, 0]
+    assert np.allclose(diffseg.ambiguity(s), s.numpy().var(1), atol=1e-6)
 
 
 def test_overlap_metrics_by_hand_and_empty_masks():
@@ -49,113 +49,173 @@ def test_overlap_metrics_by_hand_and_empty_masks():
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]).view(4, 1, 2, 2)
     expected = {"dice": [2 / 3, 1, 0, 6 / 7], "iou": [0.5, 1, 0, 0.75]}
     expected |= {"precision": [2 / 3, 1, 0, 0.75], "recall": [2 / 3, 1, 0, 1]}
-    metrics = diffseg.overlap_metrics(pred, mask)
-    assert diffseg.thresholded_jaccard(metrics["iou"]).tolist() == [0, 1, 0, 0.75]
-    for metric, found in metrics.items():
+    for metric, found in diffseg.overlap_metrics(pred, mask).items():
         assert found.tolist() == pytest.approx(expected[metric])
 
 
-def test_otsu_minimises_the_variance_within_the_two_classes():
-    x = torch.cat([random(60) * 0.4, 0.5 + 0.4 * random(30, seed=1)])
-
-    def within(cut):
-        return sum(len(part) * part.var() for part in (x[x <= cut], x[x > cut]))
-
-    found = diffseg.otsu_threshold(x[None])[0]
-    assert within(found) <= 1.02 * min(map(within, np.arange(0.1, 0.8, 0.01)))
-
-
-def test_tags_known_pixels_and_the_level_that_fits_them():
-    n, mask = 8, torch.zeros(8, 1, 96, 128).byte()
+def disc_set(n=8):
+    """n images of noise, uint8 (n, 3, 96, 128), with a lesion at one place, and their tags."""
+    mask = torch.zeros(n, 1, 96, 128).byte()
     mask[:, :, 30:70, 40:90] = 1
-    split = data.SegmentationSet("", [], mask.expand(-1, 3, -1, -1), mask, "")
-    tiles = diffseg.Tiles(split, diffseg.parse_args(["--device", "cpu"]))
-    known, healthy = tiles.known(torch.arange(n)), torch.zeros(n, 96, 128)
-    for i, k in np.ndindex(n, diffseg.TAGS):
-        x, y, w, h = tiles.windows[i, k].tolist()
-        share, tag = mask[i, 0, y : y + h, x : x + w].float().mean(), tiles.tags[i, k]
+    img = (random(n, 3, 96, 128) * 255).byte()
+    return diffseg.TaggedImages(img, *diffseg.tag_tiles(mask, diffseg.TILES, seed=0)), mask
+
+
+def test_tags_and_the_pixels_of_their_tiles():
+    tagged, mask = disc_set()
+    healthy = torch.zeros(len(mask), 96, 128)
+    for i, k in np.ndindex(*tagged.tags.shape):
+        x, y, w, h = (tagged.tiles[i, k] * torch.tensor([128, 96, 128, 96])).round().int().tolist()
+        share, tag = mask[i, 0, y : y + h, x : x + w].float().mean(), tagged.tags[i, k]
         assert x >= 0 and y >= 0 and x + w <= 128 and y + h <= 96
         assert (share == 0) == (tag == diffseg.HEALTHY)
         assert (share >= 0.9) == (tag == diffseg.LESION)
         healthy[i, y : y + h, x : x + w] += tag == diffseg.HEALTHY
-    assert torch.equal(known[:, 1] > 0, healthy > 0)
-    assert known[:, 0].any() and known.sum(1).max() == 1
-    # From a ramp that falls from its centre the tags' level gives the mask back.
+    lesion, found = diffseg.tile_masks(tagged.tiles, tagged.tags, (96, 128))
+    assert torch.equal(found[:, 0] > 0, healthy > 0)
+    assert lesion.any() and not (lesion * found).any()
+    fewer = diffseg.tag_tiles(mask, 4, seed=0)
+    assert torch.equal(fewer[0], tagged.tiles[:, :4]) and torch.equal(fewer[1], tagged.tags[:, :4])
+
+
+def test_the_threshold_that_fits_the_tags_gives_the_mask_back():
+    tagged, mask = disc_set()
     y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
-    ramp = -torch.maximum((y - 24.5).abs() / 10, (x - 32).abs() / 12.5)
-    found = ramp > diffseg.fit_level(ramp, tiles.windows[0], tiles.tags[0])
-    assert diffseg.overlap_metrics(found[None, None], mask[:1, :, ::2, ::2])["dice"] > 0.9
+    ramp = -torch.maximum((y - 24.5).abs() / 10, (x - 32).abs() / 12.5).expand(8, -1, -1)
+    threshold = diffseg.fit_threshold(ramp, tagged.tiles, tagged.tags)
+    for level in (threshold, diffseg.thresholds_from_tags(ramp[:, None], *tagged[1:]).mean()):
+        found = ramp > level.view(-1, 1, 1)
+        metrics = diffseg.overlap_metrics(found[:, None], mask[:, :, ::2, ::2])
+        assert metrics["dice"].min() > 0.9
+    no_tags = torch.full_like(tagged.tags, diffseg.NO_TAG)
+    assert diffseg.contradicted_tags(ramp, tagged.tiles, no_tags).sum() == 0
 
 
-def test_implants_change_nothing_outside_their_blob():
-    args = diffseg.parse_args(["--size", "32x16", "--device", "cpu"])
-    split = data.load_segmentation("synthetic", "", "train", (32, 64), limit=30)
+def test_a_batch_has_implants_that_differ_within_their_blob_and_images_known_in_tiles():
+    tagged, _ = disc_set()
     torch.manual_seed(0)
-    implanted, healthy, blob = diffseg.Tiles(split, args).implant(16)
-    difference = (implanted - healthy).abs().amax(1, keepdim=True)
-    assert difference[blob < 1e-3].max() < 0.01 < difference[blob > 0.9].mean()
+    implants = diffseg.implant_batch(tagged, 16, (48, 64), "cpu")
+    difference = (implants.x - implants.target).abs().amax(1, keepdim=True)
+    assert (
+        difference[implants.lesion < 1e-3].max() < 0.01 < difference[implants.lesion > 0.9].mean()
+    )
+    images = diffseg.image_batch(tagged, 16, (48, 64), "cpu")
+    assert torch.equal(images.target, images.x)
+    assert torch.equal(images.known, images.lesion_known * (1 - images.lesion))
+    batch = diffseg.diffseg_batch(tagged, 24, (48, 64), "cpu")
+    as_it_is = batch.y == diffseg.AS_IT_IS
+    assert as_it_is.any() and (batch.known[as_it_is] == 1).all()
+    assert torch.equal(batch.x[as_it_is], batch.target[as_it_is])
 
 
-def test_thresholds_have_the_best_dice_and_their_spread_the_lowest_ged(monkeypatch):
-    args = diffseg.parse_args(TINY[diffseg])
-    ramp = torch.linspace(0.02, 0.98, 32).expand(4, args.outputs, *args.size)
-    monkeypatch.setattr(diffseg, "outputs", lambda *_: torch.logit(ramp))
+def test_thresholds_have_the_best_dice_and_their_spread_the_lowest_ged():
+    ramp = torch.linspace(0.02, 0.98, 32).expand(4, 6, 16, 32)
     raters = ramp[:, :3] > torch.tensor([0.4, 0.5, 0.6])[:, None, None]
     for masks, wide in ((raters, True), (raters[:, 1:2], False)):
-        val = data.SegmentationSet("", [], (ramp[:, :3] * 255).to(torch.uint8), masks, "")
-        thresholds = diffseg.calibrate("diffseg", None, val, args)
-        assert diffseg.mask_dice(torch.logit(ramp) - thresholds, masks).tolist() == [1] * 4
+        thresholds = diffseg.choose_thresholds(torch.logit(ramp), masks)
+        one = diffseg.one_mask(torch.logit(ramp) - thresholds)
+        assert diffseg.overlap_metrics(one, masks[:, -2:-1] if wide else masks)["dice"].min() > 0.99
         assert (thresholds.max() > thresholds.min()) == wide
 
 
-def test_large_images_in_parts_have_the_same_gradients():
-    args = diffseg.parse_args(["--size", "4096", "--width", "16"])  # large: parts of 8 images
-    net, x = diffseg.build("diffseg", args).eval(), 2 * random(10, 3, 16, 16) - 1
-    torch.nn.init.normal_(net.head[-1].weight)
-    t, y = torch.arange(10), torch.arange(10) % 2
-    grads = []
-    for out in (net(x, t, y), diffseg.in_parts(net, x, t, y, args)):
-        grads.append(torch.autograd.grad(out.square().mean(), list(net.parameters())))
-    assert all(torch.allclose(a, b, 1e-4, 1e-4) for a, b in zip(*grads, strict=True))
+def test_learning_rate_rises_for_a_tenth_of_the_steps_then_falls():
+    rates = [diffseg.learning_rate(step, 200) for step in range(200)]
+    assert rates[:20] == pytest.approx(np.arange(1, 21) / 20) and rates[20] == 1
+    assert all(np.diff(rates[20:]) < 0) and rates[-1] < 0.001
+    assert diffseg.learning_rate(99, 5000) == 1 > diffseg.learning_rate(98, 5000)
 
 
 @pytest.mark.parametrize(("size", "width"), [((24, 64), 5.0), ((16, 128), 10.0)])
-def test_crfs_share_one_lattice_equal_crf_py_and_follow_the_size(size, width, monkeypatch):
-    args = diffseg.parse_args(["--size", f"{size[1]}x{size[0]}"])
+def test_crf_has_no_spatial_kernel_and_follows_the_size(size, width):
     img, p = (random(2, 3, *size) * 255).to(torch.uint8), random(2, 4, *size, seed=1)
     reference = crf.DenseCRF(5, 3, 0, width, diffseg.CRF_SRGB, diffseg.CRF_WEIGHT)
     q = p.mean(1)  # of all outputs, as there are as many as a CRF takes
     expected = reference(crf.unary_from_softmax(torch.stack([1 - q, q], 1)), img)[:, 1:]
-    built, lattice = [], crf._Lattice
-    monkeypatch.setattr(crf, "_Lattice", lambda f: built.append(len(f)) or lattice(f))
-    found = diffseg.crf_integrate(torch.logit(p), img, args) + 0.5
-    assert built == [2] and found.shape[1] == diffseg.CRF_ROUNDS
-    assert torch.allclose(found, expected.expand_as(found), atol=1e-4)
+    found = diffseg.crf_integrate(torch.logit(p), img, seed=0) + 0.5
+    assert found.shape[1] == diffseg.CRF_RESULTS
+    assert torch.allclose(found, expected.expand_as(found), atol=1e-5)
 
 
-def test_a_folder_with_several_raters_without_the_baseline(tmp_path, capsys):
-    flags = ["--data", "folder", "--data-root", segmentation_folder(tmp_path, n=8, raters=2)]
-    assert run(diffseg, *TINY[diffseg], *flags, "--no-compare", "--out", tmp_path) == 0
-    rows, ambiguity = (result(tmp_path)[key] for key in ("rows", "ambiguity"))
-    assert "unet" not in rows and list(ambiguity) == list(rows)[1:]
-    assert all("correlation" in row for row in ambiguity.values())
-    assert result(tmp_path)["predict"] in list(rows)[2:]  # the row that --predict uses
+def folder_flags(root, out):
+    return [*FLAGS, "--data", "folder", "--data-root", root, "--out", out]
+
+
+def test_a_folder_with_several_raters_and_changed_test_images(tmp_path, capsys):
+    flags = folder_flags(segmentation_folder(tmp_path, n=8, raters=2), tmp_path)
+    assert run(diffseg, *flags, "--method", "tags_unet") == 0
+    assert list(result(tmp_path)["rows"]) == ["tags_unet", "tags_unet_crf"]
+    assert result(tmp_path)["predict"] in result(tmp_path)["rows"]
     (tmp_path / "test/images/img0.png").rename(tmp_path / "test/images/new.png")
     for path in tmp_path.glob("test/masks_*/img0.png"):
         path.rename(path.with_name("new.png"))
-    assert run(diffseg, *TINY[diffseg], *flags, "--eval-only", "--out", tmp_path) == 2
+    assert run(diffseg, *flags, "--eval-only") == 2
     assert "data changed" in error_lines(capsys)[0]
+
+
+def test_resume_adds_rows(tmp_path, trained):
+    flags = [*FLAGS, "--out", tmp_path]
+    assert run(diffseg, *flags, "--method", "tags_unet") == 0
+    assert run(diffseg, *flags, "--resume", "--method", "diffseg_student", "tags_unet") == 0
+    assert same_weights(trained(diffseg), tmp_path)
+    found = result(tmp_path)
+    assert {"tags_unet", "diffseg_student"} < found["rows"].keys() and " && " in found["command"]
+
+
+def test_tags_in_a_file_replace_the_masks(tmp_path, capsys):
+    root = segmentation_folder(tmp_path / "mine", n=12)
+    flags = folder_flags(root, tmp_path / "out")
+    methods = ["--method", "diffseg_student"]
+    assert run(diffseg, *flags, *methods) == 0
+    tags = root / "train/tags.csv"
+    assert run(diffseg, *flags, "--write-tags", tags) == 0
+    assert run(diffseg, *flags, "--write-tags", tags) == 2 and "exists" in error_lines(capsys)[0]
+    (root / "train/masks_0").rename(tmp_path / "train_masks")
+    assert run(diffseg, *flags, *methods, "--out", tmp_path / "tags") == 0
+    assert same_weights(tmp_path / "out", tmp_path / "tags")
+    assert result(tmp_path / "out")["rows"] == result(tmp_path / "tags")["rows"]
+    assert run(diffseg, *flags, "--method", "unet") == 2 and "masks" in error_lines(capsys)[0]
+    # Without any masks: thresholds from the tags, no table, but predictions.
+    shutil.rmtree(root / "val/masks_0")
+    shutil.rmtree(root / "test")
+    tags.write_text("\n".join(tags.read_text().splitlines()[:-60]))  # the last image has none
+    assert run(diffseg, *flags, "--out", tmp_path / "no") == 0
+    assert {"No masks", "1 of 12 images"} <= set(
+        re.findall("No masks|1 of 12 images", capsys.readouterr().out)
+    )
+    state = torch.load(path := best(tmp_path / "no"), weights_only=True)
+    assert state["row"] == "diffseg_student" and not path.with_name("result.json").exists()
+    assert run(diffseg, "--predict", root / "train", "--checkpoint", path, "--out", tmp_path) == 0
+    assert len(list(tmp_path.rglob("*_mask.png"))) == 12
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("img9.png,0,0,10,10,healthy", "img9.png does not exist"),
+        ("img0.png,0,0,10,10,sick", "the tag is 'sick', not one of healthy, mixed, lesion"),
+        ("img0.png,60,0,10,10,lesion", "no rectangle inside the image, 64 x 48 pixels"),
+        ("img0.png,0,0,nan,10,lesion", "no rectangle"),
+        ("img0.png,0,0,10", "the tag is"),
+        ("img0.png,0,0,10,10,healthy", "no tile"),
+    ],
+)
+def test_wrong_tags_get_one_line(line, words, tmp_path, capsys):
+    root = segmentation_folder(tmp_path, n=3)
+    (root / "train/tags.csv").write_text(f"image,left,top,width,height,tag\n{line}\n")
+    assert run(diffseg, *folder_flags(root, tmp_path)) == 2
+    (found,) = error_lines(capsys)
+    assert "tags.csv" in found and words in found
 
 
 def test_training_masks_serve_the_tags_alone(trained, tmp_path, monkeypatch):
     tag_tiles = diffseg.tag_tiles
 
-    def tag_and_erase(masks, seed):
-        tagged = tag_tiles(masks, seed)
+    def tag_and_erase(masks, *args):
+        tagged = tag_tiles(masks, *args)
         masks.zero_()
         return tagged
 
-    whole = trained(diffseg)
     monkeypatch.setattr(diffseg, "tag_tiles", tag_and_erase)
-    assert run(diffseg, *TINY[diffseg], "--no-compare", "--out", tmp_path) == 0
-    assert same_weights(whole, tmp_path)
+    students = ["--method", "tags_student", "diffseg_student"]
+    assert run(diffseg, *FLAGS, *students, "--out", tmp_path) == 0
+    assert same_weights(trained(diffseg), tmp_path)

@@ -14,10 +14,9 @@ import data
 import diffseg
 import pepl
 
-OURS = ["diffseg", "diffseg_crf", "diffseg_student", "diffseg_student_crf"]
-ROWS = {diffseg: ["otsu", "unet", *OURS], pepl: pepl.METHODS, caudo_diff: caudo_diff.ROWS}
+ROWS = {diffseg: diffseg.ROWS, pepl: pepl.METHODS, caudo_diff: caudo_diff.ROWS}
 MORE = {diffseg: "ambiguity", pepl: "pseudo_labels", caudo_diff: "pseudo_labels"}
-LOSSES = {diffseg: "blend_loss", pepl: "hybrid_loss", caudo_diff: "denoiser_loss"}
+LOSSES = {diffseg: "known_cross_entropy", pepl: "hybrid_loss", caudo_diff: "denoiser_loss"}
 PICTURES = {diffseg: "ambiguity coherence mask overlay", pepl: "cam"}
 PICTURES[caudo_diff] = "mask overlay probability"
 
@@ -48,7 +47,7 @@ def test_a_run_writes_its_table_and_eval_only_repeats_it(script, trained, capsys
 
 
 @pytest.mark.parametrize(
-    "script, at, steps", [(diffseg, 12, 18), (pepl, 36, 36), (caudo_diff, 24, 60)], ids=name
+    "script, at, steps", [(diffseg, 12, 30), (pepl, 36, 36), (caudo_diff, 24, 60)], ids=name
 )
 def test_resume_equals_an_unbroken_run(script, at, steps, trained, tmp_path, monkeypatch):
     whole, update, calls = trained(script), script.update_ema, []

@@ -18,8 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
-    "otsu": "Otsu, green channel",
     "unet": "U-Net, all masks",
+    "tags_unet": "U-Net, tags",
+    "tags_unet_crf": "U-Net, tags + CRF",
+    "tags_student": "student of U-Net, tags",
+    "difference": "difference alone",
+    "blend": "blend alone",
     "diffseg": "DiffSeg",
     "diffseg_crf": "DiffSeg + CRF",
     "diffseg_student": "student",
@@ -36,7 +40,6 @@ NAMES = {
     "caudo_diff": "Caudo-Diff",
     "caudo_diff_crf": "Caudo-Diff + CRF",
     "full_supervision": "full supervision",
-    "thresholded_jaccard": "thr. Jaccard",
     "dice": "Dice",
     "iou": "IoU",
     "ged": "GED",
@@ -51,7 +54,10 @@ SUMMARY = {
         "dice",
         [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
         [(ISIC, "diffseg_student", "student")],
-        [None],
+        [
+            (ISIC, "tags_unet_crf", "U-Net on the tags + CRF"),
+            (ISIC, "tags_student", "its student"),
+        ],
         [(ISIC, "unet", "U-Net, all masks")],
     ),
     "PEPL": (
