@@ -496,6 +496,7 @@ class SegmentationSet:
     images: torch.Tensor  # uint8 (N, 3, H, W)
     masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if masks were not read
     fingerprint: str  # of the names and contents of its files
+    files: list[Path]  # of the images; empty if they are synthetic
 
     def __len__(self):
         return len(self.ids)
@@ -597,7 +598,9 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
         ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
         if images_only:
             masks = masks[:, :0]
-        return SegmentationSet(name, ids, images, masks, fingerprint(ids, list(size), images_only))
+        return SegmentationSet(
+            name, ids, images, masks, fingerprint(ids, list(size), images_only), []
+        )
     root = _existing_root(root)
     pairs = find_pairs(name, root, split, [] if images_only else None)
     ids, sources = list(pairs)[:limit], list(pairs.values())[:limit]
@@ -615,7 +618,8 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
         example = sources[vanished.index(True)][1]
         print_once(f"{example}: {what}, such as this one; increase --size")
     contents = fingerprint([_normalize(i) for i in ids], contents)
-    return SegmentationSet(name, ids, pixels[:, :3], pixels[:, 3:], contents)
+    files = [image for image, *_ in sources]
+    return SegmentationSet(name, ids, pixels[:, :3], pixels[:, 3:], contents, files)
 
 
 def load_mask(name, root, split, image_id, size):
@@ -688,48 +692,35 @@ def find_tags(name, root):
     return path if path.exists() else None
 
 
-def _sizes_of_images(name, root, ids):
-    """Return {id: (path below the image folder, (w, h))} of training images, upright."""
-    folder, pairs = _folders(name, root, "train")[0], find_pairs(name, root, "train", [])
-    sizes = {}
-    for i in ids:
-        with _open(pairs[i][0]) as img:
-            size = img.size if _orientation(img) < 5 else img.size[::-1]
-        sizes[i] = pairs[i][0].relative_to(folder).as_posix(), size
-    return sizes
-
-
-def write_tags(path, name, root, ids, tiles, tags, names):
-    """Write tiles (N, K, 4) and tags (N, K) of training images, as read_tags() returns them."""
+def write_tags(path, files, tiles, tags, names):
+    """Write tags.csv: the inverse of read_tags()."""
     if Path(path).exists():
         raise DataError(f"{path}: this file exists; choose another name or remove it")
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(TAG_COLUMNS)
-    images = _sizes_of_images(name, _existing_root(root), ids)
-    for (image, (w, h)), image_tiles, image_tags in zip(images.values(), tiles, tags, strict=True):
+    top = os.path.commonpath([file.parent for file in files])
+    for file, image_tiles, image_tags in zip(files, tiles, tags, strict=True):
+        w, h = _upright_size(file)
         pixels = (image_tiles * torch.tensor([w, h, w, h])).tolist()
         for tile, tag in zip(pixels, image_tags.tolist(), strict=True):
-            writer.writerow(
-                [image, *(f"{x:.2f}".rstrip("0").rstrip(".") for x in tile), names[tag]]
-            )
+            numbers = [f"{x:.2f}".rstrip("0").rstrip(".") for x in tile]
+            writer.writerow([file.relative_to(top).as_posix(), *numbers, names[tag]])
     write_text(Path(path), text.getvalue())
 
 
-def read_tags(path, name, root, ids, names):
-    """Read tags.csv: tiles (N, K, 4) and tags (N, K) of training images.
+def read_tags(path, files, names):
+    """Read tags.csv, the tagged tiles of image files: tiles (N, K, 4) and tags (N, K).
 
-    A row is image, left, top, width, height, tag: the image's path below images/, a rectangle in
-    pixels of the upright image, and one of `names`. Returns tiles as left, top, width and height,
-    float, as shares of the image's width and height, and tags as int64 indices of names. An image
-    with fewer than K tiles has the tag -1 at the end. Raises DataError for rows that are wrong.
+    A row is image, left, top, width, height, tag: the image's path below the folder images beside
+    tags.csv, a rectangle in pixels of the upright image, and one of `names`. Other images than
+    `files` are skipped. Returns tiles as left, top, width and height, as shares of the image's
+    width and height, and tags as indices of names; an image with fewer than K tiles has the tag -1
+    at the end. Raises DataError for rows that are wrong.
     """
-    root = _existing_root(root)
-    images = _sizes_of_images(name, root, ids)
     folder = path.with_name("images")
-    known = {_normalize(p.relative_to(folder).as_posix()) for p in find_images(folder)}
-    found = {_normalize(image): [] for image, _ in images.values()}
-    sizes = {_normalize(image): size for image, size in images.values()}
+    found = {_normalize(file.relative_to(folder).as_posix()): (file, []) for file in files}
+    others = {_normalize(file.relative_to(folder).as_posix()) for file in find_images(folder)}
     errors = []
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -738,27 +729,38 @@ def read_tags(path, name, root, ids, names):
             needs = f"needs the columns {','.join(TAG_COLUMNS)}, separated by commas"
             raise DataError(f"{path}: {needs}; its first line is {','.join(columns)!r}")
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
             image, tag = (str(row[column]).strip() for column in ("image", "tag"))
-            if _normalize(image) not in known:
-                errors.append(f"{where}: {folder / image} does not exist; correct the name")
-            elif tag.lower() not in names:
-                errors.append(f"{where}: the tag is {tag!r}, not one of {', '.join(names)}")
-            elif _normalize(image) in found:  # else of another split
-                w, h = sizes[_normalize(image)]
+            image, tag = _normalize(image), tag.lower()
+            why = None
+            if tag not in names:
+                why = f"the tag is {tag!r}, not one of {', '.join(names)}"
+            elif image in found:
+                image_file, rows = found[image]
+                w, h = _upright_size(image_file)
                 tile = _read_tile(row, w, h)
-                if tile:
-                    found[_normalize(image)].append((tile, names.index(tag.lower())))
-                else:
-                    errors.append(f"{where}: no rectangle inside the image, {w} x {h} pixels")
+                rows.append((tile, names.index(tag)))
+                if tile is None:
+                    why = f"no rectangle inside the image, which has {w} x {h} pixels"
+            elif image not in others:
+                why = f"{folder / row['image']} does not exist; correct the name"
+            if why:
+                errors.append(f"{path}, line {reader.line_num}: {why}")
     raise_errors(errors)
-    most = max(map(len, found.values()))
-    tiles = torch.zeros(len(ids), most, 4)
-    tags = torch.full((len(ids), most), -1)
-    for i, rows in enumerate(found.values()):
+    most = max(len(rows) for _, rows in found.values())
+    tiles = torch.zeros(len(files), most, 4)
+    tags = torch.full((len(files), most), -1)
+    for i, (_, rows) in enumerate(found.values()):
         for k, (tile, tag) in enumerate(rows):
-            tiles[i, k], tags[i, k] = torch.tensor(tile), tag
+            tiles[i, k] = torch.tensor(tile)
+            tags[i, k] = tag
     return tiles, tags
+
+
+@functools.cache
+def _upright_size(path):
+    """Width and height of an image file in pixels, upright."""
+    with _open(path) as img:
+        return img.size if _orientation(img) < 5 else img.size[::-1]
 
 
 def _read_tile(row, w, h):
@@ -768,7 +770,7 @@ def _read_tile(row, w, h):
     except (TypeError, ValueError):
         return None
     inside = min(left, top) >= 0 and left + width <= w + 0.01 and top + height <= h + 0.01
-    if not inside or not min(width, height) > 0:  # also true for NaN
+    if not (inside and min(width, height) > 0):  # also true for NaN
         return None
     return left / w, top / h, width / w, height / h
 
@@ -1093,7 +1095,7 @@ def load_checkpoint(path, method, fingerprints=None):
     if state.get("format") != CHECKPOINT_FORMAT:
         raise DataError(f"{path} was written by another version of this code; train again")
     for split, now in (fingerprints or {}).items():
-        if state["fingerprints"][split] != now:
+        if state["fingerprints"].get(split, now) != now:
             todo = "restore the files, or train again with --overwrite"
             raise DataError(f"{path}: the {split} data changed since this training; {todo}")
     return state

@@ -1,38 +1,38 @@
 """DiffSeg: weakly supervised skin-lesion segmentation by diffusion difference.
 
-Paper: DiffSeg, https://arxiv.org/abs/2404.16474. A denoising network reconstructs a noised image
-twice: as it is, with its lesion, and as its lesion-free counterpart. The difference shows the
-lesion. Several noises and thresholds give several masks, like those of several annotators; where
-the masks disagree, the segmentation is uncertain. A dense CRF integrates them into one mask.
+Paper: DiffSeg, https://arxiv.org/abs/2404.16474. A network f denoises a noised image twice: to the
+image as it was, with its lesion, and to its lesion-free counterpart. The two differ at the lesion.
+Several noises and thresholds give several masks, like those of several annotators; where the masks
+disagree, the segmentation is uncertain. A dense CRF integrates them into one mask.
 
-No masks are needed for training. Somebody tags a few tiles of each image, that is, rectangles, as
-healthy, mixed or lesion. Lesion tiles blended into healthy tiles give images whose lesion-free
-counterpart is known, and from these the network learns what skin looks like without the lesion.
+No masks are needed for training. An annotator tags rectangles ("tiles") of each image as healthy,
+mixed or lesion. Lesion tiles blended into healthy tiles give images whose lesion-free counterpart
+is known, and from these the network learns what the skin looks like without the lesion.
 
-    x0 --noise--> xt --+-- f(xt, t, AS_IT_IS)    --> x0_lesion ---+
-                       |                                          +-- difference, blend --> N masks
-                       +-- f(xt, t, LESION_FREE) --> x0_healthy --+
+    x0 --noise--> xt --+-- f(xt, t, AS_IT_IS)    --> x0_lesion -----------+
+                       |                                                  +-- map --> N masks
+                       +-- f(xt, t, LESION_FREE) --> x0_healthy, blend ---+
     N masks --> mean: coherence; variance: ambiguity; distances: GED; dense CRF --> one mask
 
-    python diffseg.py                                     synthetic images on a CPU, minutes
-    python diffseg.py --data isic2018                     downloads ISIC 2018 Task 1 (13 GB) first
+    python diffseg.py                                     synthetic images; minutes on a CPU
+    python diffseg.py --data isic2018                     downloads ISIC 2018 Task 1 first (13 GB)
     python diffseg.py --data folder --data-root mine      mine/<train|val|test>/{images,masks}/*
     python diffseg.py --predict photo.jpg --checkpoint out/diffseg/isic2018/seed0/best.pt
 
 RESULTS
 
-Deviations from the paper (docs/diffseg.md gives more detail):
-D1  One conditional network instead of two: half the memory.
+Deviations from the paper:
+D1  One conditional network instead of two: half the parameters.
 D2  The lesion-free counterparts come from implants; the paper does not say where its own come from.
-D3  Supervision is tagged tiles. If there is no tags.csv, the masks of the training images are used
-    to compute the tags, and for nothing else.
-D4  The network has a fourth output channel, "blend": the probability of a lesion, known in implants
-    and in tagged tiles. The map is the geometric mean of the blend and the difference.
+D3  The supervision is tagged tiles. Without tags.csv, the tags are computed from the training
+    masks; DiffSeg and its student use these masks for nothing else.
+D4  A fourth output channel, "blend", predicts where the lesion is; its targets are the blobs of the
+    implants and the tagged tiles. A map is the geometric mean of blend and difference.
 D5  The difference counts only where the lesion is darker than the skin: clamp(min=0).
 D6  Steps t are small: 5..80 of 1000 at inference, 5..250 in training.
 D7  Each output has its own threshold, like annotators who draw tighter or looser outlines. The
     thresholds are chosen on the masks of the validation images; without masks, on the tags.
-D8  The CRF has no spatial kernel, and its parameters were chosen on validation images.
+D8  The CRF has the bilateral kernel only; its parameters were chosen on validation images.
 """
 
 import copy
@@ -53,25 +53,47 @@ import data
 from crf import DenseCRF, unary_from_softmax
 from data import DataError, parse_size, whole
 
-# "Eq. n" refers to the table in docs/diffseg.md. [paper]: given by the paper or its code.
+# "Eq. n": our numbering, as in docs/diffseg.md. [paper]: from the paper or its code. [ours]: not.
 METHOD = "diffseg"
-STAGES = ["unet", "tags_unet", "tags_student", "diffseg", "diffseg_student"]  # networks to train
-ROWS = ["unet", "tags_unet", "tags_unet_crf", "tags_student", "difference", "blend"]
-ROWS += ["diffseg", "diffseg_crf", "diffseg_student", "diffseg_student_crf"]  # of the table
+# Networks, in the order of training. unet: trained on all masks. tags_unet: the control, trained on
+# the tags without diffusion. *_student: a U-Net trained on pseudo-labels of the network before it.
+STAGES = ["unet", "tags_unet", "tags_student", "diffseg", "diffseg_student"]
+ROWS = {  # row of the table: the network it uses
+    "unet": "unet",
+    "tags_unet": "tags_unet",
+    "tags_unet_crf": "tags_unet",
+    "tags_student": "tags_student",
+    "difference": "diffseg",
+    "blend": "diffseg",
+    "diffseg": "diffseg",
+    "diffseg_crf": "diffseg",
+    "diffseg_student": "diffseg_student",
+    "diffseg_student_crf": "diffseg_student",
+}
+SHOWN = ["unet", "tags_unet_crf", "tags_student", "diffseg_crf", "diffseg_student"]  # in the figure
 METRICS = ["dice", "iou", "precision", "recall", "ged"]
 HEALTHY, MIXED, LESION, NO_TAG = 0, 1, 2, -1  # tags of a tile
 TAG_NAMES = ["healthy", "mixed", "lesion"]  # in tags.csv
-TILES = 48  # tiles of a training image that are tagged from its mask
+TILES = 48  # tiles of a training image when the tags are computed from masks
 LESION_SHARE = 0.9  # a tile is tagged LESION if at least this share of it is lesion
-LESION_FREE, AS_IT_IS = 0, 1  # y of f: what it reconstructs
+LESION_FREE, AS_IT_IS = 0, 1  # y of the network f(xt, t, y): which image it reconstructs
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 T_TRAIN, T_INFER = (5, 250), (5, 80)  # ranges of t
-LEVELS = torch.linspace(-6, 6, 121)  # logits tried as thresholds
-SPREADS = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # logits from the middle threshold to the highest one
-TAG_SPREAD = 1.5  # the same without masks, from which it could be chosen
-CRF_RESULTS, CRF_OUTPUTS = 3, 4  # K results are averaged, each from H random outputs [paper]
-CRF_SXY = 5.0  # std of the CRF's kernel in space: pixels if the image is 64 wide
-CRF_SRGB, CRF_WEIGHT = 8.0, 2.0  # std in colour, grey levels; weight of its message
+LEVELS = torch.linspace(-6, 6, 121)  # candidate thresholds, in logits
+SPREADS = [
+    0,
+    0.5,
+    1,
+    1.5,
+    2,
+    3,
+    4,
+    6,
+]  # candidate half-widths of the range of thresholds, in logits
+TAG_SPREAD = 1.5  # the half-width if there are no masks on which to choose it
+CRF_RESULTS, CRF_OUTPUTS = 3, 4  # CRF results, and random outputs averaged for each [paper]
+CRF_SXY = 5.0  # std of the bilateral kernel in space, in pixels of an image 64 wide
+CRF_SRGB, CRF_WEIGHT = 8.0, 2.0  # its std in colour, in grey levels; weight of its message
 
 # ==================================================================================================
 # 1. Command line
@@ -99,15 +121,17 @@ def parse_args(argv=None):
     outputs = "outputs of an image; by default 8 on synthetic images, else 16"
     add("--outputs", type=whole(1), help=outputs)
     args = p.parse_args(argv)
-    if args.write_tags:
-        return args
     synthetic = args.data == "synthetic"
-    p.set_defaults(steps=190 if synthetic else 1860, outputs=8 if synthetic else 16)
-    p.set_defaults(method=["tags_unet", "diffseg", "diffseg_student"])
-    if not synthetic and data.has_masks(args.data, args.data_root, "train"):
-        p.set_defaults(method=["unet", "tags_unet", "diffseg", "diffseg_student"])
+    if args.write_tags:
+        if synthetic:
+            p.error("--write-tags: synthetic images are no files; use --data isic2018 or folder")
+        return args
+    rows = ["unet", "tags_unet", "diffseg", "diffseg_student"]
+    if synthetic or not data.has_masks(args.data, args.data_root, "train"):
+        rows.remove("unet")
+    p.set_defaults(method=rows, steps=190 if synthetic else 1860, outputs=8 if synthetic else 16)
     if args.quick:
-        p.set_defaults(steps=6, batch_size=8, outputs=6)
+        p.set_defaults(steps=6, batch_size=6, outputs=4)
     return data.parse_flags(p, argv, METHOD)
 
 
@@ -115,25 +139,26 @@ def parse_args(argv=None):
 # 2. Supervision: tagged tiles
 # ==================================================================================================
 # A tile is a rectangle of an image: left, top, width and height, as shares of the image's width and
-# height. An image has at most K tiles; where it has fewer, the tag is NO_TAG.
+# height. An image has at most K tiles; missing ones are padded with the tag NO_TAG. A mixed tile
+# takes no part in the losses; it only helps to choose thresholds.
 
 
 def tag_tiles(masks, k, seed):
     """Draw random tiles and tag them from masks.
 
-    masks: uint8 (N, R, H, W) of R raters; nothing else in the training of DiffSeg reads them.
-    Returns tiles (N, K, 4), 10 to 60 % of the image's sides, and tags (N, K).
+    masks: uint8 (N, R, H, W) of R raters. The training of DiffSeg reads them nowhere else.
+    Returns tiles (N, K, 4), with sides of 10 to 60 % of the image's, and tags (N, K).
     """
     n, _, h, w = masks.shape
     g = torch.Generator().manual_seed(seed)
-    most = max(k, TILES)  # so that fewer tiles are the first of more
+    most = max(k, TILES)  # so that for a smaller k, the tiles are the first of the 48
     side = 0.1 + 0.5 * torch.rand(n, most, generator=g) ** 1.5  # small ones more often
     width, height = (side * w).long(), (side * h).long()
     left = (torch.rand(n, most, generator=g) * (w - width + 1)).long()
     top = (torch.rand(n, most, generator=g) * (h - height + 1)).long()
     tiles = torch.stack([left / w, top / h, width / w, height / h], 2)[:, :k]
-    chunks = zip(masks.split(64), tiles.split(64), strict=True)  # float copies take memory
-    share = torch.cat([lesion_share(majority(m).float(), tile) for m, tile in chunks])[:, 0]
+    parts = zip(masks.split(64), tiles.split(64), strict=True)  # to save memory
+    share = torch.cat([lesion_share(majority(m).float(), t) for m, t in parts])[:, 0]  # (N, K)
     return tiles, tag_of(share)
 
 
@@ -143,41 +168,43 @@ def majority(masks):
 
 
 def tag_of(share):
-    """Tag of a tile from its share of lesion: HEALTHY if 0, LESION from 0.9 on, else MIXED."""
+    """Tags of tiles from their share of lesion: HEALTHY if 0, LESION from LESION_SHARE on."""
     return (share > 0).long() + (share >= LESION_SHARE)
 
 
 def inside(tiles, size):
-    """Pixels whose centres lie in tiles (..., 4): rows (..., H) and columns (..., W), 0 or 1."""
+    """Rows (..., H) and columns (..., W) whose pixel centres lie in tiles (..., 4), as 0 or 1."""
     left, top, width, height = tiles[..., None].unbind(-2)  # (..., 1)
     y, x = ((torch.arange(n, device=tiles.device) + 0.5) / n for n in size)
-    rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
-    return rows.float(), columns.float()
+    in_y = (y >= top) & (y < top + height)
+    in_x = (x >= left) & (x < left + width)
+    return in_y.float(), in_x.float()
 
 
 def lesion_share(masks, tiles):
-    """Share of the pixels of tiles (B, K, 4) that lie in masks, float (B, L, H, W): (B, L, K)."""
-    rows, columns = inside(tiles, masks.shape[2:])  # (B, K, H), (B, K, W)
-    area = rows.sum(2) * columns.sum(2)  # (B, K)
-    lesion = torch.einsum("bkh,blhw,bkw->blk", rows, masks, columns)
+    """Share of each tile (B, K, 4) that each mask, float (B, L, H, W), covers: (B, L, K)."""
+    in_y, in_x = inside(tiles, masks.shape[2:])  # (B, K, H), (B, K, W)
+    area = in_y.sum(2) * in_x.sum(2)  # (B, K)
+    lesion = torch.einsum("bkh,blhw,bkw->blk", in_y, masks, in_x)
     return lesion / area[:, None].clamp(min=1)
 
 
 def tile_masks(tiles, tags, size):
     """Pixels in lesion tiles and in healthy tiles: two masks (B, 1, H, W) in {0, 1}.
 
-    tiles: (B, K, 4). tags: (B, K). A lesion tile may be 10 % healthy, so healthy tiles win.
+    tiles: (B, K, 4). tags: (B, K). A lesion tile may be 10 % healthy, so where the two overlap,
+    the healthy tile wins.
     """
-    rows, columns = inside(tiles, size)
+    in_y, in_x = inside(tiles, size)
     is_tag = torch.stack([tags == LESION, tags == HEALTHY], 1).float()  # (B, 2, K)
-    lesion, healthy = (torch.einsum("btk,bkh,bkw->bthw", is_tag, rows, columns) > 0).split(1, 1)
+    lesion, healthy = (torch.einsum("btk,bkh,bkw->bthw", is_tag, in_y, in_x) > 0).split(1, 1)
     return (lesion & ~healthy).float(), healthy.float()
 
 
 class TaggedImages(NamedTuple):
     """The training set of DiffSeg."""
 
-    images: torch.Tensor  # uint8 (N, 3, 2H, 2W): twice the network's size, as tiles are enlarged
+    images: torch.Tensor  # uint8 (N, 3, 2H, 2W): twice the input size, so that tiles keep detail
     tiles: torch.Tensor  # (N, K, 4)
     tags: torch.Tensor  # int64 (N, K)
 
@@ -188,7 +215,7 @@ class TaggedImages(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images, and what is known of them."""
+    """A training batch: images, and what is known about them."""
 
     x: torch.Tensor  # (B, 3, H, W) in [-1, 1]: x0
     y: torch.Tensor  # int64 (B,): what f has to reconstruct, LESION_FREE or AS_IT_IS
@@ -199,7 +226,7 @@ class Batch(NamedTuple):
 
 
 def uniform(low, high, b, channels=1):
-    """Random numbers (b, channels, 1, 1); drawn on the CPU, so that --resume repeats them."""
+    """Random numbers (b, channels, 1, 1), drawn on the CPU: the same on every device."""
     return low + (high - low) * torch.rand(b, channels, 1, 1)
 
 
@@ -219,10 +246,10 @@ def random_blobs(b, size, device="cpu"):
 
 
 def draw_tile_pairs(tags, b):
-    """Draw b lesion tiles, and a healthy tile for each: two lists of (image, tile), each (b, 2).
+    """Draw b lesion tiles, and a healthy tile for each: two tensors (b, 2) of (image, tile).
 
-    Four of five pairs come from one image, if it has both. Then skin, light and camera are the
-    same, and an implant differs from its counterpart by the lesion alone.
+    Four of five pairs come from one image, if it has both. Then skin, light and camera match, and
+    the implant looks natural.
     """
     lesion_tiles, healthy_tiles = (tags == LESION).nonzero(), (tags == HEALTHY).nonzero()
     chosen = lesion_tiles[torch.randint(len(lesion_tiles), (b,))]
@@ -235,42 +262,39 @@ def draw_tile_pairs(tags, b):
     return chosen, torch.stack(partners)
 
 
-def crop_tiles(tagged, chosen, size, device):
-    """Resize tiles, chosen as (image, tile) (b, 2), to (b, 3, H, W) in [-1, 1]; half mirrored."""
-    images, (h, w) = tagged.images[chosen[:, 0]].to(device), tagged.images.shape[2:]
+def crop_tiles(tagged, chosen, device):
+    """Crop tiles, chosen as (image, tile) (b, 2), to (b, 3, H, W) in [-1, 1]; half are mirrored."""
+    h, w = tagged.images.shape[2:]
     left, top, width, height = tagged.tiles[chosen[:, 0], chosen[:, 1]].unbind(1)
     corners = [left * w, top * h, (left + width) * w, (top + height) * h]
     boxes = torch.stack([torch.arange(len(chosen)), *corners], 1).to(device)
-    x = images.float() / 127.5 - 1
-    x = roi_align(x, boxes, size, sampling_ratio=2, aligned=True)  # (b, 3, H, W)
+    x = tagged.images[chosen[:, 0]].to(device).float() / 127.5 - 1  # (b, 3, 2H, 2W)
+    x = roi_align(x, boxes, (h // 2, w // 2), sampling_ratio=2, aligned=True)  # (b, 3, H, W)
     return torch.where(uniform(0, 1, len(x)).to(device) < 0.5, x.flip(3), x)
 
 
-def implant_batch(tagged, b, size, device):
+def implant_batch(tagged, b, device):
     """b implants: a lesion tile, blended by a random blob into a healthy tile.
 
-    Everything is known of them: the target is the healthy tile, the lesion is the blob.
+    Everything about them is known: the target is the healthy tile, the lesion is the blob.
     """
     lesion_tiles, healthy_tiles = draw_tile_pairs(tagged.tags, b)
-    lesion = crop_tiles(tagged, lesion_tiles, size, device)
-    healthy = crop_tiles(tagged, healthy_tiles, size, device)
-    blob = random_blobs(b, size, device) * (uniform(0, 1, b) > 0.1).to(device)  # 1 in 10 is empty
+    lesion = crop_tiles(tagged, lesion_tiles, device)
+    healthy = crop_tiles(tagged, healthy_tiles, device)
+    blob = random_blobs(b, healthy.shape[2:], device)
+    blob = blob * (uniform(0, 1, b) > 0.1).to(device)  # one in ten is empty
     weight = blob * uniform(0.6, 1, b).to(device)  # some lesions are faint
     implanted = weight * lesion + (1 - weight) * healthy
     gain = (uniform(0.85, 1.15, b) + uniform(-0.05, 0.05, b, 3)).to(device)  # brightness, tint
-    return Batch(
-        x=(gain * (implanted + 1) - 1).clamp(-1, 1),
-        y=torch.full((b,), LESION_FREE, device=device),
-        target=(gain * (healthy + 1) - 1).clamp(-1, 1),
-        known=torch.ones_like(blob),
-        lesion=blob,
-        lesion_known=torch.ones_like(blob),
-    )
+    implanted, healthy = ((gain * (x + 1) - 1).clamp(-1, 1) for x in (implanted, healthy))
+    y = torch.full((b,), LESION_FREE, device=device)
+    everywhere = torch.ones_like(blob)
+    return Batch(implanted, y, healthy, known=everywhere, lesion=blob, lesion_known=everywhere)
 
 
-def image_batch(tagged, b, size, device):
-    """b whole images, augmented. Their lesion-free counterpart is known only in healthy tiles,
-    where it is the image itself; presence or absence of a lesion in lesion and healthy tiles."""
+def image_batch(tagged, b, device):
+    """b whole images, augmented. In healthy tiles, the lesion-free counterpart is the image itself;
+    elsewhere it is unknown. Whether there is a lesion is known in healthy and lesion tiles."""
     i = torch.randint(len(tagged.images), (b,))
     img = tagged.images[i].to(device).float() / 255  # (b, 3, 2H, 2W)
     tiles, tags = tagged.tiles[i].to(device), tagged.tags[i].to(device)
@@ -279,15 +303,16 @@ def image_batch(tagged, b, size, device):
     x = F.avg_pool2d(img, 2) * 2 - 1  # (b, 3, H, W)
     lesion, healthy = (F.avg_pool2d(masks, 2) == 1).float().split(1, 1)  # (b, 1, H, W) each
     y = torch.full((b,), LESION_FREE, device=device)
-    return Batch(x, y, x, healthy, lesion, torch.maximum(lesion, healthy))
+    lesion_known = torch.maximum(lesion, healthy)
+    return Batch(x, y, x, known=healthy, lesion=lesion, lesion_known=lesion_known)
 
 
-def diffseg_batch(tagged, b, size, device):
+def diffseg_batch(tagged, b, device):
     """A training batch of DiffSeg, a third implants and the rest whole images."""
-    implants = implant_batch(tagged, b // 3, size, device)
-    images = image_batch(tagged, b - b // 3, size, device)
+    implants = implant_batch(tagged, b // 3, device)
+    images = image_batch(tagged, b - b // 3, device)
     batch = Batch(*(torch.cat(fields) for fields in zip(implants, images, strict=True)))
-    # f shall reconstruct one in eight as it is; that is known everywhere, without a blend.
+    # One in eight is reconstructed as it is: known everywhere, and the blend is not used.
     as_it_is = (uniform(0, 1, b) < 0.125).to(device)  # (B, 1, 1, 1)
     return batch._replace(
         y=torch.where(as_it_is.flatten(), AS_IT_IS, LESION_FREE),
@@ -298,7 +323,7 @@ def diffseg_batch(tagged, b, size, device):
 
 
 def mask_batch(images, masks, b, device):
-    """b images with one of their masks each, augmented: x (b, 3, H, W) in [-1, 1], (b, 1, H, W).
+    """b images, each with one of its masks, augmented: (b, 3, H, W) in [-1, 1] and (b, 1, H, W).
 
     images: uint8 (N, 3, 2H, 2W). masks: uint8 (N, R, 2H, 2W) in {0, 1}.
     """
@@ -317,57 +342,40 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 
 def add_noise(x0, t, eps):
-    """Noise x0 by eps, both (B, C, H, W), to step t, int64 (B,) in 0..T-1. Returns xt."""
+    """Add noise eps to x0, both (B, C, H, W), at step t, int64 (B,) in 0..T-1. Returns xt."""
     a = ALPHA_BAR.to(x0.device)[t][:, None, None, None]  # (B, 1, 1, 1)
     return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [paper]
 
 
-def diffseg_loss(net, tagged, args):
-    """The loss of one batch: reconstruction, and half the blend's cross-entropy."""
-    batch = diffseg_batch(tagged, args.batch_size, args.size, args.device)
-    t = torch.randint(T_TRAIN[0], T_TRAIN[1] + 1, (len(batch.x),)).to(args.device)
+def diffseg_loss(net, batch):
+    """Loss of f on a Batch: reconstruction plus half the cross-entropy of the blend."""
+    t = torch.randint(T_TRAIN[0], T_TRAIN[1] + 1, (len(batch.x),)).to(batch.x.device)
     xt = add_noise(batch.x, t, torch.randn_like(batch.x))
-    with autocast(args):
-        out = net(xt, t, batch.y)  # (B, 4, H, W)
-    x0_hat, logits = out[:, :3], out[:, 3:]
-    return reconstruction_loss(x0_hat, batch.target, batch.known) + 0.5 * known_cross_entropy(
-        logits, batch.lesion, batch.lesion_known
-    )
+    out = net(xt, t, batch.y)  # (B, 4, H, W)
+    # The mean is over all pixels, so that an image of which little is known has little weight.
+    reconstruction = (batch.known * (out[:, :3] - batch.target) ** 2).mean()  # Eq. 2 [ours]
+    blend = known_cross_entropy(out[:, 3:], batch.lesion, batch.lesion_known)
+    return reconstruction + 0.5 * blend
 
 
-def reconstruction_loss(x0_hat, target, known):
-    """Squared error where the target is known. Its mean is over all pixels, known or not, so that
-    an image of which little is known has little weight."""
-    return (known * (x0_hat - target) ** 2).mean()  # Eq. 2 [ours]
+def tags_loss(net, batch):
+    """Loss of the control: a segmenter that learns from the tiles of a Batch, without diffusion."""
+    return known_cross_entropy(net(batch.x), batch.lesion, batch.lesion_known)
 
 
 def known_cross_entropy(logits, target, known):
     """Binary cross-entropy, mean over the known pixels; all (B, 1, H, W), target in [0, 1]."""
-    total = F.binary_cross_entropy_with_logits(logits, target, known, reduction="sum")
+    total = F.binary_cross_entropy_with_logits(logits, target, weight=known, reduction="sum")
     return total / known.sum().clamp(min=1)
 
 
-def tags_loss(net, tagged, args):
-    """The control: a U-Net that learns from the same tagged images, without any diffusion."""
-    batch = image_batch(tagged, args.batch_size, args.size, args.device)
-    with autocast(args):
-        logits = net(batch.x)  # (B, 1, H, W)
-    return known_cross_entropy(logits, batch.lesion, batch.lesion_known)
-
-
-def mask_loss(net, images, masks, args):
-    """A U-Net that learns from masks, true or pseudo-labels: cross-entropy plus soft Dice."""
-    x, mask = mask_batch(images, masks, args.batch_size, args.device)
-    with autocast(args):
-        logits = net(x)  # (B, 1, H, W)
+def mask_loss(net, batch):
+    """Loss of a segmenter on images and masks, true or pseudo-labels: cross-entropy, soft Dice."""
+    x, mask = batch
+    logits = net(x)  # (B, 1, H, W)
     p = logits.sigmoid()
-    overlap = (2 * (p * mask).sum((1, 2, 3)) + 1) / (p.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)
-    return F.binary_cross_entropy_with_logits(logits, mask) + 1 - overlap.mean()
-
-
-def autocast(args):
-    """bf16 autocast on the run's device where --amp says so."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
+    dice = (2 * (p * mask).sum((1, 2, 3)) + 1) / (p.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)
+    return F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice.mean()
 
 
 # ==================================================================================================
@@ -376,7 +384,7 @@ def autocast(args):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions with a skip, scaled and shifted by an embedding (B, c_emb)."""
+    """Two 3 x 3 convolutions with a skip connection, modulated by an embedding (B, c_emb)."""
 
     def __init__(self, c_in, c_out, c_emb, dropout=0.1):
         super().__init__()
@@ -387,7 +395,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # a block starts near its skip
+        nn.init.zeros_(self.conv2.weight)  # at the start, a block is nearly its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -449,10 +457,12 @@ class UNet(nn.Module):
 def diffusion_difference(x0_healthy, x0_lesion):
     """Where two reconstructions (B, 3, H, W) differ, scaled to 0..1 in each image: (B, 1, H, W).
 
-    The paper's pseudo-noises are eps~ = (xt - sqrt(a) x0_hat) / sqrt(1 - a) (Eq. 3). Their
-    difference is this one times sqrt(a) / sqrt(1 - a), as xt cancels.
+    The paper subtracts pseudo-noises eps~ = (xt - sqrt(a) x0_hat) / sqrt(1 - a) (Eq. 3). Their
+    difference is d, below, times sqrt(a) / sqrt(1 - a), because xt cancels. Pixels that are lighter
+    with the lesion count as 0.
     """
-    d = (x0_healthy - x0_lesion).mean(1, keepdim=True).clamp(min=0)  # Eq. 4 [paper; scaling ours]
+    d = (x0_healthy - x0_lesion).mean(1, keepdim=True)  # Eq. 4 [paper; the next three lines ours]
+    d = d.clamp(min=0)
     low, high = d.amin((1, 2, 3), keepdim=True), d.amax((1, 2, 3), keepdim=True)
     return (d - low) / (high - low).clamp(min=1e-6)
 
@@ -461,8 +471,8 @@ def diffusion_difference(x0_healthy, x0_lesion):
 def diffseg_maps(net, x0, n, seed):
     """n differences and n blends, (B, n, H, W) in [0, 1], of images x0 (B, 3, H, W) in [-1, 1].
 
-    Each has its own noise and step t, the same for all images, so that the maps of an image do not
-    depend on the other images in the batch.
+    net(xt, t, y) returns (B, 4, H, W). Each map has its own noise and step t, the same for all
+    images, so that the maps of an image do not depend on the other images in the batch.
     """
     g = torch.Generator().manual_seed(seed)
     differences, blends = [], []
@@ -470,19 +480,11 @@ def diffseg_maps(net, x0, n, seed):
         eps = torch.randn(1, *x0.shape[1:], generator=g).to(x0).expand_as(x0)
         t = torch.full((len(x0),), t_n, device=x0.device)
         xt = add_noise(x0, t, eps)
-        healthy = net(xt, t, torch.full_like(t, LESION_FREE))  # (B, 4, H, W)
-        lesion = net(xt, t, torch.full_like(t, AS_IT_IS))
-        differences.append(diffusion_difference(healthy[:, :3], lesion[:, :3]))
-        blends.append(healthy[:, 3:].sigmoid())  # (B, 1, H, W)
+        lesion_free = net(xt, t, torch.full_like(t, LESION_FREE))  # (B, 4, H, W)
+        as_it_is = net(xt, t, torch.full_like(t, AS_IT_IS))
+        differences.append(diffusion_difference(lesion_free[:, :3], as_it_is[:, :3]))
+        blends.append(lesion_free[:, 3:].sigmoid())  # (B, 1, H, W)
     return torch.cat(differences, 1), torch.cat(blends, 1)
-
-
-def diffseg_outputs(difference, blend):
-    """DiffSeg's outputs, logits (B, N, H, W), from its maps in [0, 1].
-
-    The blend knows what a lesion is, the difference where it ends: their geometric mean.
-    """
-    return torch.logit((blend * difference).sqrt(), 1e-4)  # Eq. 5 [ours]
 
 
 @torch.no_grad()
@@ -490,7 +492,7 @@ def dropout_outputs(net, x, n, seed):
     """n outputs of a segmenter, logits (B, n, H, W): dropout stays on (MC dropout, arXiv
     1506.02142). x: (B, 3, H, W) in [-1, 1]."""
     torch.manual_seed(seed)
-    net.train()  # no other layer than dropout differs in training
+    net.train()  # dropout is the only layer that behaves differently in training mode
     p = torch.cat([net(x).sigmoid() for _ in range(n)], 1)
     net.eval()
     return torch.logit(p, 1e-4)
@@ -499,15 +501,14 @@ def dropout_outputs(net, x, n, seed):
 # ==================================================================================================
 # 7. Thresholds, uncertainty and CRF
 # ==================================================================================================
-# Each output has its own threshold. The margin of an output is how far it lies above it: logit -
-# threshold, or q - 1/2 after the CRF. Its mask is margin > 0; the one mask of an image is
-# mean margin > 0.
+# Each output has its own threshold. Its margin is logit - threshold, or q - 1/2 after the CRF. Its
+# mask is margin > 0; the one mask of an image is mean margin > 0.
 
 
 def spread_thresholds(level, spread, n):
     """n thresholds (n, 1, 1), evenly from level - spread to level + spread, in random order.
 
-    In order, outputs of more noise would always be the tighter ones.
+    Unshuffled, outputs with more noise would always get the higher thresholds.
     """
     offsets = torch.linspace(-spread, spread, n) if n > 1 else torch.zeros(1)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
@@ -515,44 +516,54 @@ def spread_thresholds(level, spread, n):
 
 
 def choose_thresholds(logits, masks):
-    """Thresholds (N, 1, 1) for outputs, from masks of the same images.
+    """Thresholds (N, 1, 1) for outputs, logits (B, N, H, W), from masks (B, R, H, W).
 
-    logits: (B, N, H, W). masks: (B, R, H, W). The level has the best Dice, then the spread the
-    lowest GED.
+    Their middle is chosen by the best Dice, then their spread by the lowest GED.
     """
-    n, mean = logits.shape[1], logits.mean(1, keepdim=True)
-    truth = majority(masks)
+    n, mean, truth = logits.shape[1], logits.mean(1, keepdim=True), majority(masks)
     level = max(LEVELS.tolist(), key=lambda x: overlap_metrics(mean > x, truth)["dice"].mean())
-
-    def distance(spread):
-        thresholds = spread_thresholds(level, spread, n).to(logits)
-        return ged(logits > thresholds, masks).mean()
-
-    return spread_thresholds(level, min(SPREADS, key=distance), n)
+    candidates = [spread_thresholds(level, spread, n) for spread in SPREADS]
+    return min(candidates, key=lambda x: ged(logits > x.to(logits), masks).mean())
 
 
 def thresholds_from_tags(logits, tiles, tags):
-    """Thresholds (N, 1, 1) without masks, from tags of the same images.
+    """Thresholds (N, 1, 1) for outputs, logits (B, N, H, W), without masks.
 
-    logits: (B, N, H, W). tiles: (B, K, 4). tags: (B, K). The level contradicts the fewest tags.
+    tiles: (B, K, 4). tags: (B, K). The middle of the thresholds contradicts the fewest tags.
     """
-    few = (x.split(16) for x in (logits.mean(1), tiles, tags))  # images at a time
-    wrong = sum(contradicted_tags(*x).sum(0) for x in zip(*few, strict=True))  # (L,)
-    return spread_thresholds(LEVELS[wrong.argmin().item()], TAG_SPREAD, logits.shape[1])
+    wrong = contradicted_tags(logits.mean(1), tiles, tags).sum(0, keepdim=True)  # (1, L)
+    return spread_thresholds(best_level(wrong).cpu(), TAG_SPREAD, logits.shape[1])
 
 
-def contradicted_tags(logits, tiles, tags):
-    """How many tags of an image each threshold in LEVELS contradicts: (B, L).
+def fit_threshold(logits, tiles, tags):
+    """The threshold (B,) that contradicts the fewest tags of each image.
 
     logits: (B, H, W). tiles: (B, K, 4). tags: (B, K).
     """
-    masks = logits[:, None] > LEVELS.to(logits)[:, None, None]  # (B, L, H, W)
-    found = tag_of(lesion_share(masks.float(), tiles))  # (B, L, K)
-    return ((found != tags[:, None]) & (tags != NO_TAG)[:, None]).sum(2)
+    return best_level(contradicted_tags(logits, tiles, tags))
+
+
+def contradicted_tags(logits, tiles, tags):
+    """How many tags of an image each threshold in LEVELS contradicts: (B, L)."""
+    wrong = []
+    parts = (x.split(16) for x in (logits, tiles, tags))  # to save memory
+    for some_logits, some_tiles, some_tags in zip(*parts, strict=True):
+        masks = some_logits[:, None] > LEVELS.to(logits)[:, None, None]  # (16, L, H, W)
+        found = tag_of(lesion_share(masks.float(), some_tiles))  # (16, L, K)
+        is_wrong = (found != some_tags[:, None]) & (some_tags != NO_TAG)[:, None]
+        wrong.append(is_wrong.sum(2))
+    return torch.cat(wrong)
+
+
+def best_level(wrong):
+    """The level (B,) with the lowest count in wrong (B, L); the middle one of equals."""
+    best = (wrong == wrong.amin(1, keepdim=True)).int()
+    middle = best.sum(1, keepdim=True) // 2 + 1  # its rank among the best
+    return LEVELS.to(wrong.device)[(best.cumsum(1) >= middle).int().argmax(1)]
 
 
 def overlap_metrics(pred, mask):
-    """Metrics of each image, binary pred and mask (B, 1, H, W): {metric: (B,)}; both empty: 1."""
+    """Metrics of binary pred and mask (B, 1, H, W): {metric: (B,)}; 1 if both are empty."""
     pred, mask = pred.flatten(1).float(), mask.flatten(1).float()
     inter, p, m = (pred * mask).sum(1), pred.sum(1), mask.sum(1)
 
@@ -570,7 +581,7 @@ def ambiguity(masks):
 
 
 def iou_distance(a, b):
-    """1 - IoU of all pairs of masks (B, N, H, W), (B, R, H, W): (B, N, R); of two empty ones 0."""
+    """1 - IoU of all pairs of masks (B, N, H, W), (B, R, H, W): (B, N, R); 0 if both are empty."""
     a, b = a.flatten(2).float(), b.flatten(2).float()
     inter = a @ b.transpose(1, 2)  # (B, N, R)
     union = a.sum(2)[:, :, None] + b.sum(2)[:, None] - inter
@@ -586,17 +597,13 @@ def ged(samples, raters):
 
 
 def crf_integrate(margin, img, seed):
-    """K results of a dense CRF, each from the mean of H random outputs.
+    """CRF_RESULTS results of a dense CRF, each from the mean of CRF_OUTPUTS random outputs.
 
     margin: (B, N, H, W). img: (B, 3, H, W) in 0..255. Returns margins (B, K, H, W).
     """
     g = torch.Generator().manual_seed(seed)
-    crf = DenseCRF(
-        sxy_bilateral=CRF_SXY * img.shape[3] / 64,
-        srgb=CRF_SRGB,
-        compat_bilateral=CRF_WEIGHT,
-        compat_gaussian=0,
-    )
+    kernel = {"sxy_bilateral": CRF_SXY * img.shape[3] / 64, "srgb": CRF_SRGB}
+    crf = DenseCRF(**kernel, compat_bilateral=CRF_WEIGHT, compat_gaussian=0)
     results = []
     for _ in range(CRF_RESULTS):
         chosen = torch.randperm(margin.shape[1], generator=g)[:CRF_OUTPUTS]
@@ -611,9 +618,9 @@ def crf_integrate(margin, img, seed):
 # ==================================================================================================
 
 
-def chunk(args):
-    """Images at a time in inference, so that memory is bounded: 64 of 64 x 48 px on a CPU."""
-    pixels = 2**18 if args.device == "cpu" else 2**22
+def batch_limit(args):
+    """Images in a batch at inference, to bound the memory: 85 of 64 x 48 px on a CPU."""
+    pixels = 2**18 if args.device == "cpu" else 2**20
     return max(1, pixels // math.prod(args.size))
 
 
@@ -631,19 +638,19 @@ def all_outputs(nets, img, n, args):
             difference, blend = diffseg_maps(nets["diffseg"], x, n, args.seed)
             rows["difference"] = torch.logit(difference, 1e-4)
             rows["blend"] = torch.logit(blend, 1e-4)
-            rows["diffseg"] = diffseg_outputs(difference, blend)
+            # The blend separates lesions from other dark things, the difference has their outline.
+            rows["diffseg"] = torch.logit((blend * difference).sqrt(), 1e-4)  # Eq. 5 [ours]
     return rows
 
 
-def segment(nets, thresholds, img, args):
-    """Margins {row: (B, N, H, W)} of images uint8 (B, 3, H, W), in the order of the table."""
-    img = img.to(args.device)
-    rows = {}
+def segment(nets, thresholds, img, rows, args):
+    """Margins {row: (B, N, H, W)} of images uint8 (B, 3, H, W), for the rows that nets have."""
+    img, margins = img.to(args.device), {}
     for row, logits in all_outputs(nets, img, args.outputs, args).items():
-        rows[row] = logits - thresholds[row].to(logits)
-        if f"{row}_crf" in ROWS:
-            rows[f"{row}_crf"] = crf_integrate(rows[row], img, args.seed)
-    return {row: rows[row] for row in ROWS if row in rows}
+        margins[row] = logits - thresholds[row].to(logits)
+        if f"{row}_crf" in rows:
+            margins[f"{row}_crf"] = crf_integrate(margins[row], img, args.seed)
+    return {row: margins[row] for row in rows if row in margins}
 
 
 def one_mask(margin):
@@ -653,15 +660,15 @@ def one_mask(margin):
 
 def evaluate(nets, thresholds, split, args):
     """Metrics {row: {metric: (n,)}} of the images of a split."""
-    rows, n = {}, chunk(args)
+    rows, n = {}, batch_limit(args)
     for img, masks in zip(split.images.split(n), split.masks.split(n), strict=True):
         masks = masks.to(args.device)
-        for row, margin in segment(nets, thresholds, img, args).items():
+        for row, margin in segment(nets, thresholds, img, ROWS, args).items():
             samples = margin > 0
             values = overlap_metrics(one_mask(margin), majority(masks))
             values["ged"] = ged(samples, masks)
-            area = samples.float().mean((1, 2, 3)).clamp(min=1e-3)  # mean lesion, may be empty
-            values["ambiguity"] = ambiguity(samples).mean((1, 2)) / area  # one number an image
+            area = samples.float().mean((1, 2, 3)).clamp(min=1e-3)  # of the lesion; it may be empty
+            values["ambiguity"] = ambiguity(samples).mean((1, 2)) / area  # one number per image
             for metric, value in values.items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value.cpu())
     return {row: {m: torch.cat(v) for m, v in values.items()} for row, values in rows.items()}
@@ -671,19 +678,20 @@ def dice_by_ambiguity(values):
     """Mean Dice of the half of the images with less ambiguity, and of the other half."""
     dice = values["dice"][values["ambiguity"].argsort()]
     half = (len(dice) + 1) // 2
-    halves = {"dice_less_ambiguous": dice[:half], "dice_more_ambiguous": dice[-half:]}
-    return {name: half.mean().item() for name, half in halves.items()}
+    less, more = dice[:half].mean().item(), dice[-half:].mean().item()
+    return {"dice_less_ambiguous": less, "dice_more_ambiguous": more}
 
 
 def draw_panel(nets, thresholds, split, rows, args, path):
-    """Write a figure of the best, median and worst images by Dice of the last row of the table."""
-    last = list(rows)[-1]
+    """Write a figure of the best, median and worst images by Dice of the last row in SHOWN."""
+    *_, last = (row for row in SHOWN if row in rows)
     order = rows[last]["dice"].argsort(descending=True).tolist()
     middle = max(0, (len(order) - 1) // 2)
     places = {"best": order[:2], "median": order[middle : middle + 2], "worst": order[-2:]}
     shown = [(place, i) for place, images in places.items() for i in images]
     img = split.images[[i for _, i in shown]]
-    margins = {row: m.cpu() for row, m in segment(nets, thresholds, img, args).items()}
+    margins = segment(nets, thresholds, img, ROWS, args)
+    margins = {row: margin.cpu() for row, margin in margins.items()}
     titles, sheet = [], []
     for k, (place, i) in enumerate(shown):
         photo, truth = img[k].permute(1, 2, 0).numpy(), majority(split.masks[i : i + 1])
@@ -697,7 +705,7 @@ def draw_panel(nets, thresholds, split, rows, args, path):
                 tiles[f"output {n + 1}"] = data.colour_map(samples[0, n]), ""
             tiles["coherence"] = data.colour_map(samples[0].float().mean(0)), ""
             tiles["ambiguity"] = data.colour_map(4 * ambiguity(samples)[0]), ""
-        for row in (row for row in margins if row not in ("difference", "blend", "diffseg")):
+        for row in (row for row in SHOWN if row in margins):
             mask = one_mask(margins[row][k : k + 1])
             caption = f"Dice {overlap_metrics(mask, truth)['dice'].item():.2f}"
             tiles[row.replace("_", " ")] = data.outline(photo, mask[0, 0], (255, 230, 0)), caption
@@ -707,8 +715,8 @@ def draw_panel(nets, thresholds, split, rows, args, path):
 
 
 def segment_photo(photo, nets, thresholds, row, args):
-    """Segment a photo by a row of the table: pictures in its own size, and the mask's share."""
-    margin = segment(nets, thresholds, photo.small[None], args)[row][0].cpu()  # (N, H, W)
+    """Segment a photo by a row of the table: pictures of its own size, and the lesion's share."""
+    margin = segment(nets, thresholds, photo.small[None], [row], args)[row][0].cpu()  # (N, H, W)
     total, coherence = torch.zeros(2, *photo.img.shape[1:])
     for output in margin.split(1):  # one at a time: photographs are large
         z = data.enlarge(output, photo)[0]  # (h, w)
@@ -745,11 +753,16 @@ def learning_rate(step, steps):
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
 
 
-def train(stage, c_out, loss_function, fingerprints, args, folder):
+def autocast(args):
+    """bfloat16 autocast on the run's device if --amp is on."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
+
+
+def train(stage, c_out, draw_batch, loss_function, fingerprints, args, folder):
     """Train one network of c_out channels; returns the EMA of its weights and the seconds it took.
 
-    loss_function(net) draws a batch and returns its loss. fingerprints: of the data.
-    last_<stage>.pt, written every --save-every steps, is all that --resume needs.
+    The loss of a step is loss_function(net, draw_batch()). fingerprints: of the data.
+    last_<stage>.pt, written every --save-every steps, holds all that --resume needs.
     """
     torch.manual_seed(args.seed)
     net = UNet(c_out, args.width).to(args.device)
@@ -765,7 +778,9 @@ def train(stage, c_out, loss_function, fingerprints, args, folder):
     began = time.time() - seconds
     bar = data.progress(range(first, args.steps), f"train {stage}", args.steps, first)
     for step in bar:
-        loss = loss_function(forward)
+        batch = draw_batch()
+        with autocast(args):
+            loss = loss_function(forward, batch)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if not loss.isfinite():
             todo = f"try --lr {args.lr / 3:.0e} or --amp off"
@@ -775,7 +790,9 @@ def train(stage, c_out, loss_function, fingerprints, args, folder):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         scheduler.step()
-        update_ema(ema, net, min(0.995, (step + 1) / (step + 11)))  # short memory at the start
+        update_ema(
+            ema, net, min(0.995, (step + 1) / (step + 11))
+        )  # average over fewer steps at the start
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             seconds = time.time() - began
             more = {"step": step + 1, "seconds": seconds}
@@ -787,32 +804,20 @@ def train(stage, c_out, loss_function, fingerprints, args, folder):
 # 10. Beyond the paper: the student
 # ==================================================================================================
 # On a training image, the tags tell which threshold of the map is right: the one that contradicts
-# fewest of them. The mask at that threshold is a pseudo-label, and a plain U-Net, the student,
-# learns from these as if they were masks. It needs one network call for an output; DiffSeg two.
-
-
-def fit_threshold(logits, tiles, tags):
-    """The threshold (B,) that contradicts fewest tags of each image, the middle one of equals.
-
-    logits: (B, H, W). tiles: (B, K, 4). tags: (B, K).
-    """
-    wrong = contradicted_tags(logits, tiles, tags)  # (B, L)
-    best = wrong == wrong.amin(1, keepdim=True)
-    middle = (best.sum(1) // 2 + 1)[:, None]  # rank of the middle one
-    index = (best.cumsum(1) >= middle).int().argmax(1)
-    return LEVELS.to(logits)[index]
+# the fewest of them. The mask at that threshold is a pseudo-label, and a plain U-Net, the student,
+# learns from these as if they were masks. It needs one network call per output, DiffSeg two.
 
 
 @torch.no_grad()
 def pseudo_labels(teacher, tagged, args):
-    """Masks of the tagged images, uint8 (N, 1, 2H, 2W), from the outputs and the tags.
+    """Pseudo-labels of the tagged images, uint8 (N, 1, 2H, 2W).
 
-    teacher: {stage: network}; its last row is used.
+    teacher: {stage: network} of one stage; its last row in all_outputs is used.
     """
     size, masks = tagged.images.shape[2:], []
-    chunks = torch.arange(len(tagged.images)).split(chunk(args))
+    parts = torch.arange(len(tagged.images)).split(batch_limit(args))
     some = max(1, args.outputs // 4)  # a quarter of the outputs is enough here
-    for i in data.progress(chunks, "pseudo-labels", len(chunks), unit="chunk"):
+    for i in data.progress(parts, "pseudo-labels", len(parts), unit="batch"):
         tiles, tags = tagged.tiles[i].to(args.device), tagged.tags[i].to(args.device)
         img = F.avg_pool2d(tagged.images[i].float(), 2)  # (B, 3, H, W)
         *_, logits = all_outputs(teacher, img, some, args).values()  # (B, n, H, W)
@@ -821,7 +826,7 @@ def pseudo_labels(teacher, tagged, args):
         margin = F.interpolate(margin[:, None], size, mode="bilinear")  # (B, 1, 2H, 2W)
         lesion, healthy = tile_masks(tiles, tags, size)
         masks.append((((margin > 0) | (lesion > 0)) & (healthy == 0)).byte().cpu())
-    return torch.cat(masks)
+    return data.to_device_if_it_fits(torch.cat(masks), args.device)
 
 
 # ==================================================================================================
@@ -829,9 +834,10 @@ def pseudo_labels(teacher, tagged, args):
 # ==================================================================================================
 
 
-def load(split, size, args, **options):
-    """A split at size = (H, W), with --quick its first 24 images."""
-    options |= {"limit": 24 if args.quick else None, "workers": args.num_workers}
+def load(split, size, args, images_only=False):
+    """A split at size = (H, W), with --quick its first 12 images."""
+    options = {"limit": 12 if args.quick else None, "workers": args.num_workers}
+    options["images_only"] = images_only
     return data.load_segmentation(args.data, args.data_root, split, size, **options)
 
 
@@ -852,13 +858,13 @@ def load_training(args):
     train_set = load("train", size, args, images_only=images_only)
     images, masks, fingerprint = train_set.images, train_set.masks, train_set.fingerprint
     if tags_file:
-        where = (tags_file, args.data, args.data_root, train_set.ids)
-        tiles, tags = (x[:, : args.tags] for x in data.read_tags(*where, TAG_NAMES))
+        tiles, tags = data.read_tags(tags_file, train_set.files, TAG_NAMES)
+        tiles, tags = tiles[:, : args.tags], tags[:, : args.tags]
         fingerprint = data.fingerprint(fingerprint, tiles.tolist(), tags.tolist())
-        tagged = (tags != NO_TAG).any(1)  # (N,)
-        if not tagged.all():
-            print(f"{tags_file}: {(~tagged).sum()} of {len(tagged)} images have no tag, not used")
-            images, masks, tiles, tags = (x[tagged] for x in (images, masks, tiles, tags))
+        has_tags = (tags != NO_TAG).any(1)  # (N,)
+        if not has_tags.all():
+            print(f"{tags_file}: {(~has_tags).sum()} of {len(tags)} images have no tag, not used")
+            images, masks, tiles, tags = (x[has_tags] for x in (images, masks, tiles, tags))
     else:
         tiles, tags = tag_tiles(masks, args.tags or TILES, args.seed)
     if not (tags == LESION).any() or not (tags == HEALTHY).any():
@@ -868,41 +874,51 @@ def load_training(args):
     return TaggedImages(images, tiles, tags), masks, fingerprint
 
 
-def train_all(tagged, masks, fingerprints, args, folder):
-    """Train the networks of --method and those that they build on.
+def write_tags(args):
+    """Compute tags from the training masks and write them in the format of tags.csv."""
+    train_set = load("train", [2 * side for side in args.size], args)
+    tiles, tags = tag_tiles(train_set.masks, args.tags or TILES, args.seed)
+    data.write_tags(args.write_tags, train_set.files, tiles, tags, TAG_NAMES)
 
-    Returns networks {stage: network} and {stage: seconds}.
+
+def train_all(tagged, masks, run):
+    """Train the networks of --method and those that they build on: {stage: (network, seconds)}.
+
+    tagged: TaggedImages. masks: of the same images, for the stage "unet" alone. run: fingerprints,
+    args, and the folder.
     """
-    nets, seconds, wanted = {}, {}, set(args.method)
-
-    def fit(stage, c_out, loss_function):
-        options = (fingerprints, args, folder)
-        nets[stage], seconds[stage] = train(stage, c_out, loss_function, *options)
-
-    on_masks = partial(mask_loss, images=tagged.images, args=args)
+    _, args, _ = run
+    wanted, trained = set(args.method), {}
+    b, device = args.batch_size, args.device
     if "unet" in wanted:
-        fit("unet", 1, partial(on_masks, masks=masks))
+        draw = partial(mask_batch, tagged.images, masks, b, device)
+        trained["unet"] = train("unet", 1, draw, mask_loss, *run)
     if wanted & {"tags_unet", "tags_student"}:
-        fit("tags_unet", 1, partial(tags_loss, tagged=tagged, args=args))
+        draw = partial(image_batch, tagged, b, device)
+        trained["tags_unet"] = train("tags_unet", 1, draw, tags_loss, *run)
     if "tags_student" in wanted:
-        pseudo = pseudo_labels({"tags_unet": nets["tags_unet"]}, tagged, args)
-        fit("tags_student", 1, partial(on_masks, masks=pseudo))
+        pseudo = pseudo_labels({"tags_unet": trained["tags_unet"][0]}, tagged, args)
+        draw = partial(mask_batch, tagged.images, pseudo, b, device)
+        trained["tags_student"] = train("tags_student", 1, draw, mask_loss, *run)
     if wanted & {"diffseg", "diffseg_student"}:
-        fit("diffseg", 4, partial(diffseg_loss, tagged=tagged, args=args))
+        draw = partial(diffseg_batch, tagged, b, device)
+        trained["diffseg"] = train("diffseg", 4, draw, diffseg_loss, *run)
     if "diffseg_student" in wanted:
-        pseudo = pseudo_labels({"diffseg": nets["diffseg"]}, tagged, args)
-        fit("diffseg_student", 1, partial(on_masks, masks=pseudo))
-    return nets, seconds
+        pseudo = pseudo_labels({"diffseg": trained["diffseg"][0]}, tagged, args)
+        draw = partial(mask_batch, tagged.images, pseudo, b, device)
+        trained["diffseg_student"] = train("diffseg_student", 1, draw, mask_loss, *run)
+    return trained
 
 
 def calibrate(nets, img, choose, args):
-    """Thresholds {row: (N, 1, 1)} of networks {stage: network}; choose(logits) returns them."""
+    """Thresholds {row: (N, 1, 1)} for the outputs of networks {stage: network} on images; they are
+    choose(logits)."""
     thresholds = {}
     for stage, net in nets.items():  # one at a time, to save memory
-        chunks = img.split(chunk(args))
-        parts = [all_outputs({stage: net}, x, args.outputs, args) for x in chunks]
+        batches = img.split(batch_limit(args))
+        parts = [all_outputs({stage: net}, x, args.outputs, args) for x in batches]
         for row in parts[0]:
-            thresholds[row] = choose(torch.cat([part[row] for part in parts]))
+            thresholds[row] = choose(torch.cat([part[row] for part in parts])).cpu()
     return thresholds
 
 
@@ -911,26 +927,27 @@ def fit(test, args, folder):
     tagged, masks, fingerprint = load_training(args)
     val = load_if_masks("val", args)
     fingerprints = {"train": fingerprint}
-    if test:
-        fingerprints["test"] = test.fingerprint
-    if val:
-        fingerprints["val"] = val.fingerprint
+    fingerprints |= {
+        name: split.fingerprint for name, split in [("val", val), ("test", test)] if split
+    }
     if not args.resume:
         data.prepare_folder(folder)
-    nets, seconds = train_all(tagged, masks, fingerprints, args, folder)
+    trained = train_all(tagged, masks, (fingerprints, args, folder))
+    nets = {stage: net for stage, (net, _) in trained.items()}
     if val:
         choose = partial(choose_thresholds, masks=val.masks.to(args.device))
         thresholds = calibrate(nets, val.images, choose, args)
         rows = evaluate(nets, thresholds, val, args)
         dice = {row: values["dice"].mean().item() for row, values in rows.items()}
         row = max((row for row in dice if row != "unet"), key=dice.get, default="unet")
-    else:  # 200 training images are enough
-        img = F.avg_pool2d(tagged.images[:200].float(), 2)
+    else:
+        img = F.avg_pool2d(tagged.images[:200].float(), 2)  # 200 training images are enough
         tiles, tags = (x[:200].to(args.device) for x in (tagged.tiles, tagged.tags))
         choose = partial(thresholds_from_tags, tiles=tiles, tags=tags)
         thresholds = calibrate(nets, img, choose, args)
         row = list(thresholds)[-1]
-    more = {"row": row, "seconds": seconds, "thresholds": thresholds}
+    more = {"row": row, "thresholds": thresholds}
+    more["seconds"] = {stage: seconds for stage, (_, seconds) in trained.items()}
     more["nets"] = {stage: net.state_dict() for stage, net in nets.items()}
     data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
 
@@ -951,10 +968,7 @@ def report(nets, test, state, args, folder):
 def run(args):
     """Train and evaluate; or evaluate, predict or write tags.csv alone."""
     if args.write_tags:
-        train_set = load("train", [2 * side for side in args.size], args)
-        tagged = tag_tiles(train_set.masks, args.tags or TILES, args.seed)
-        where = (args.write_tags, args.data, args.data_root, train_set.ids)
-        return data.write_tags(*where, *tagged, TAG_NAMES)
+        return write_tags(args)
     folder, fingerprints = data.run_folder(METHOD, args), {}
     if not args.predict:
         test = load_if_masks("test", args)
@@ -970,13 +984,16 @@ def run(args):
     if args.predict:
         row, folder = state["row"], folder / "predictions"
         print(f"predictions of {row} go to {folder}")
+        nets = {ROWS[row]: nets[ROWS[row]]}
         options = {"thresholds": state["thresholds"], "row": row, "args": args}
         segment_one = partial(segment_photo, nets=nets, **options)
         return data.predict_images(args.predict, args.size, folder, best, segment_one)
     if test:
         report(nets, test, state, args, folder)
     else:
-        print(f"No masks of test images, so no table; --predict --checkpoint {best} segments.")
+        print(
+            f"No masks of test images, so there is no table. Use --predict PATH --checkpoint {best}"
+        )
 
 
 def main(argv=None):

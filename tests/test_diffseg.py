@@ -94,15 +94,15 @@ def test_the_threshold_that_fits_the_tags_gives_the_mask_back():
 def test_a_batch_has_implants_that_differ_within_their_blob_and_images_known_in_tiles():
     tagged, _ = disc_set()
     torch.manual_seed(0)
-    implants = diffseg.implant_batch(tagged, 16, (48, 64), "cpu")
+    implants = diffseg.implant_batch(tagged, 16, "cpu")
     difference = (implants.x - implants.target).abs().amax(1, keepdim=True)
     assert (
         difference[implants.lesion < 1e-3].max() < 0.01 < difference[implants.lesion > 0.9].mean()
     )
-    images = diffseg.image_batch(tagged, 16, (48, 64), "cpu")
+    images = diffseg.image_batch(tagged, 16, "cpu")
     assert torch.equal(images.target, images.x)
     assert torch.equal(images.known, images.lesion_known * (1 - images.lesion))
-    batch = diffseg.diffseg_batch(tagged, 24, (48, 64), "cpu")
+    batch = diffseg.diffseg_batch(tagged, 24, "cpu")
     as_it_is = batch.y == diffseg.AS_IT_IS
     assert as_it_is.any() and (batch.known[as_it_is] == 1).all()
     assert torch.equal(batch.x[as_it_is], batch.target[as_it_is])
@@ -193,7 +193,7 @@ def test_tags_in_a_file_replace_the_masks(tmp_path, capsys):
     [
         ("img9.png,0,0,10,10,healthy", "img9.png does not exist"),
         ("img0.png,0,0,10,10,sick", "the tag is 'sick', not one of healthy, mixed, lesion"),
-        ("img0.png,60,0,10,10,lesion", "no rectangle inside the image, 64 x 48 pixels"),
+        ("img0.png,60,0,10,10,lesion", "no rectangle inside the image, which has 64 x 48"),
         ("img0.png,0,0,nan,10,lesion", "no rectangle"),
         ("img0.png,0,0,10", "the tag is"),
         ("img0.png,0,0,10,10,healthy", "no tile"),

@@ -14,7 +14,7 @@ import data
 import diffseg
 import pepl
 
-ROWS = {diffseg: diffseg.ROWS, pepl: pepl.METHODS, caudo_diff: caudo_diff.ROWS}
+ROWS = {diffseg: list(diffseg.ROWS), pepl: pepl.METHODS, caudo_diff: caudo_diff.ROWS}
 MORE = {diffseg: "ambiguity", pepl: "pseudo_labels", caudo_diff: "pseudo_labels"}
 LOSSES = {diffseg: "known_cross_entropy", pepl: "hybrid_loss", caudo_diff: "denoiser_loss"}
 PICTURES = {diffseg: "ambiguity coherence mask overlay", pepl: "cam"}
