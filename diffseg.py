@@ -80,16 +80,7 @@ LESION_FREE, AS_IT_IS = 0, 1  # y of the network f(xt, t, y): which image it rec
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 T_TRAIN, T_INFER = (5, 250), (5, 80)  # ranges of t
 LEVELS = torch.linspace(-6, 6, 121)  # candidate thresholds, in logits
-SPREADS = [
-    0,
-    0.5,
-    1,
-    1.5,
-    2,
-    3,
-    4,
-    6,
-]  # candidate half-widths of the range of thresholds, in logits
+SPREADS = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # half-widths of the range of thresholds, in logits
 TAG_SPREAD = 1.5  # the half-width if there are no masks on which to choose it
 CRF_RESULTS, CRF_OUTPUTS = 3, 4  # CRF results, and random outputs averaged for each [paper]
 CRF_SXY = 5.0  # std of the bilateral kernel in space, in pixels of an image 64 wide
@@ -105,7 +96,8 @@ def parse_args(argv=None):
     p = data.make_parser("diffseg.py", __doc__)
     add = p.add_argument
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
-    add("--size", type=parse_size, default="64x48", help="network input: N or WIDTHxHEIGHT, pixels")
+    size = "network input: N or WIDTHxHEIGHT, pixels; by default 64x48, but 128x96 on a GPU if "
+    add("--size", type=parse_size, help=size + "images are not synthetic")
     steps = "training steps of each network; by default 190 on synthetic images, else 1860"
     add("--steps", type=whole(1), help=steps)
     add("--batch-size", type=whole(3), default=24, help="images in a training step")
@@ -122,16 +114,19 @@ def parse_args(argv=None):
     add("--outputs", type=whole(1), help=outputs)
     args = p.parse_args(argv)
     synthetic = args.data == "synthetic"
-    if args.write_tags:
-        if synthetic:
-            p.error("--write-tags: synthetic images are no files; use --data isic2018 or folder")
-        return args
+    p.set_defaults(steps=190 if synthetic else 1860, outputs=8 if synthetic else 16)
+    on_gpu = args.device.startswith("cuda")
+    p.set_defaults(size="128x96" if on_gpu and not synthetic else "64x48")
     rows = ["unet", "tags_unet", "diffseg", "diffseg_student"]
     if synthetic or not data.has_masks(args.data, args.data_root, "train"):
         rows.remove("unet")
-    p.set_defaults(method=rows, steps=190 if synthetic else 1860, outputs=8 if synthetic else 16)
+    p.set_defaults(method=rows)
     if args.quick:
         p.set_defaults(steps=6, batch_size=6, outputs=4)
+    if args.write_tags:
+        if synthetic:
+            p.error("--write-tags: synthetic images are not files; use --data isic2018 or folder")
+        return p.parse_args(argv)
     return data.parse_flags(p, argv, METHOD)
 
 
@@ -599,7 +594,7 @@ def ged(samples, raters):
 def crf_integrate(margin, img, seed):
     """CRF_RESULTS results of a dense CRF, each from the mean of CRF_OUTPUTS random outputs.
 
-    margin: (B, N, H, W). img: (B, 3, H, W) in 0..255. Returns margins (B, K, H, W).
+    margin: (B, N, H, W). img: (B, 3, H, W) in 0..255. Returns margins (B, CRF_RESULTS, H, W).
     """
     g = torch.Generator().manual_seed(seed)
     kernel = {"sxy_bilateral": CRF_SXY * img.shape[3] / 64, "srgb": CRF_SRGB}
@@ -926,10 +921,9 @@ def fit(test, args, folder):
     """Train and choose thresholds and the row for --predict; writes best.pt."""
     tagged, masks, fingerprint = load_training(args)
     val = load_if_masks("val", args)
-    fingerprints = {"train": fingerprint}
-    fingerprints |= {
-        name: split.fingerprint for name, split in [("val", val), ("test", test)] if split
-    }
+    splits = {"val": val, "test": test}
+    fingerprints = {name: split.fingerprint for name, split in splits.items() if split}
+    fingerprints["train"] = fingerprint
     if not args.resume:
         data.prepare_folder(folder)
     trained = train_all(tagged, masks, (fingerprints, args, folder))
