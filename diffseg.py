@@ -19,7 +19,7 @@ is known, and from these the network learns what the skin looks like without the
     python diffseg.py --data folder --data-root mine      mine/<train|val|test>/{images,masks}/*
     python diffseg.py --predict photo.jpg --checkpoint out/diffseg/isic2018/seed0/best.pt
 
-RESULTS
+Results on photographs are in docs/diffseg.md.
 
 Deviations from the paper:
 D1  One conditional network instead of two: half the parameters.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
+    "otsu": "Otsu, green channel",
     "unet": "U-Net, all masks",
     "tags_unet": "U-Net, tags",
     "tags_unet_crf": "U-Net, tags + CRF",
@@ -54,10 +55,7 @@ SUMMARY = {
         "dice",
         [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
         [(ISIC, "diffseg_student", "student")],
-        [
-            (ISIC, "tags_unet_crf", "U-Net on the tags + CRF"),
-            (ISIC, "tags_student", "its student"),
-        ],
+        [None],
         [(ISIC, "unet", "U-Net, all masks")],
     ),
     "PEPL": (
