@@ -112,9 +112,9 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 
 def add_noise(x0, t, eps):
-    """Noise x0 by eps, both (B, C, H, W), to step t, (B,) int64 in 0..T-1. Returns xt."""
+    """Add noise eps to x0, both (B, C, H, W), at step t, int64 (B,) in 0..T-1. Returns xt."""
     a = ALPHA_BAR.to(x0.device)[t][:, None, None, None]  # (B, 1, 1, 1)
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [G]
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [paper]
 
 
 def ddim_step(zt, x0_hat, t, t_next):
@@ -217,7 +217,7 @@ def reliability(p0, p1):
 
 
 def overlap_metrics(pred, mask):
-    """Per-image metrics of binary pred and mask (B, 1, H, W): {metric: (B,)}; both empty: all 1."""
+    """Metrics of binary pred and mask (B, 1, H, W): {metric: (B,)}; 1 if both are empty."""
     pred, mask = pred.flatten(1).float(), mask.flatten(1).float()
     inter, p, m = (pred * mask).sum(1), pred.sum(1), mask.sum(1)
 
@@ -234,16 +234,18 @@ def overlap_metrics(pred, mask):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions with a skip, scaled and shifted by an embedding (B, c_emb)."""
+    """Two 3 x 3 convolutions with a skip connection, modulated by an embedding (B, c_emb)."""
 
     def __init__(self, c_in, c_out, c_emb, dropout=0.1):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.film = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, c_out)
         self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # a block starts near its skip
+        nn.init.zeros_(self.conv2.weight)  # at the start, a block is nearly its skip
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -402,7 +404,7 @@ class Context(NamedTuple):
 
 
 def autocast(args):
-    """bf16 autocast on the run's device where --amp says so."""
+    """bfloat16 autocast on the run's device if --amp is on."""
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
 
 

@@ -734,9 +734,11 @@ def segment_photo(photo, nets, thresholds, row, args):
 
 @torch.no_grad()
 def update_ema(ema, net, decay):
-    """Move the weights of ema towards those of net."""
+    """Move the weights of ema towards net's; buffers, such as running means, are copied."""
     for old, new in zip(ema.parameters(), net.parameters(), strict=True):
         old.lerp_(new, 1 - decay)
+    for old, new in zip(ema.buffers(), net.buffers(), strict=True):
+        old.copy_(new)
 
 
 def learning_rate(step, steps):

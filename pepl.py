@@ -315,7 +315,7 @@ class Classifier(nn.Module):
 
 
 def autocast(args):
-    """bf16 autocast on the run's device where --amp says so."""
+    """bfloat16 autocast on the run's device if --amp is on."""
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
 
 
