@@ -496,7 +496,8 @@ class SegmentationSet:
     images: torch.Tensor  # uint8 (N, 3, H, W)
     masks: torch.Tensor  # uint8 (N, R, H, W) in {0, 1}, R raters; R = 0 if masks were not read
     fingerprint: str  # of the names and contents of its files
-    files: list[Path]  # of the images; empty if they are synthetic
+    folder: Path | None  # of the images; None if they are synthetic
+    files: list[Path]  # of the images, in this folder and its subfolders
 
     def __len__(self):
         return len(self.ids)
@@ -598,9 +599,8 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
         ids = [f"{name}_{split}_{i:04d}" for i in range(n)]
         if images_only:
             masks = masks[:, :0]
-        return SegmentationSet(
-            name, ids, images, masks, fingerprint(ids, list(size), images_only), []
-        )
+        contents = fingerprint(ids, list(size), images_only)
+        return SegmentationSet(name, ids, images, masks, contents, None, [])
     root = _existing_root(root)
     pairs = find_pairs(name, root, split, [] if images_only else None)
     ids, sources = list(pairs)[:limit], list(pairs.values())[:limit]
@@ -618,8 +618,8 @@ def load_segmentation(name, root, split, size, limit=None, images_only=False, wo
         example = sources[vanished.index(True)][1]
         print_once(f"{example}: {what}, such as this one; increase --size")
     contents = fingerprint([_normalize(i) for i in ids], contents)
-    files = [image for image, *_ in sources]
-    return SegmentationSet(name, ids, pixels[:, :3], pixels[:, 3:], contents, files)
+    folder, files = _folders(name, root, split)[0], [image for image, *_ in sources]
+    return SegmentationSet(name, ids, pixels[:, :3], pixels[:, 3:], contents, folder, files)
 
 
 def load_mask(name, root, split, image_id, size):
@@ -684,37 +684,47 @@ def find_pairs(name, root, split, required=None):
     return pairs
 
 
+def is_drawn(name, root, split):
+    """Return whether a split has no folder of its own, so that its images are drawn at random."""
+    return name == "folder" and split in _folders(name, Path(root), split)[2]
+
+
 def find_tags(name, root):
-    """Return the path of tags.csv beside the training images of a folder, or None."""
+    """Return the path of tags.csv beside the training images of a folder, or None.
+
+    Raises DataError if there is one in another place, or one with capitals in its name.
+    """
     if name != "folder":
         return None
-    path = _folders(name, Path(root), "train")[0].with_name("tags.csv")
-    return path if path.exists() else None
+    root = Path(root).resolve()  # as in load_segmentation()
+    images = _folders(name, root, "train")[0]
+    path = images.with_name("tags.csv")
+    places = {root, root / "val", root / "test", images, path.parent}
+    found = [p for place in places for p in place.glob("*") if p.name.lower() == "tags.csv"]
+    raise_errors([f"{p}: is not used here; move it to {path}" for p in found if p != path])
+    return path if found else None
 
 
-def write_tags(path, files, tiles, tags, names):
-    """Write tags.csv: the inverse of read_tags()."""
-    if Path(path).exists():
-        raise DataError(f"{path}: this file exists; choose another name or remove it")
+def write_tags(path, folder, files, tiles, tags, names):
+    """Write tags.csv: the inverse of read_tags(). folder: the folder that contains the files."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(TAG_COLUMNS)
-    top = os.path.commonpath([file.parent for file in files])
     for file, image_tiles, image_tags in zip(files, tiles, tags, strict=True):
         w, h = _upright_size(file)
         pixels = (image_tiles * torch.tensor([w, h, w, h])).tolist()
         for tile, tag in zip(pixels, image_tags.tolist(), strict=True):
             numbers = [f"{x:.2f}".rstrip("0").rstrip(".") for x in tile]
-            writer.writerow([file.relative_to(top).as_posix(), *numbers, names[tag]])
-    write_text(Path(path), text.getvalue())
+            writer.writerow([file.relative_to(folder).as_posix(), *numbers, names[tag]])
+    write_text(path, text.getvalue())
 
 
 def read_tags(path, files, names):
     """Read tags.csv, the tagged tiles of image files: tiles (N, K, 4) and tags (N, K).
 
     A row is image, left, top, width, height, tag: the image's path below the folder images beside
-    tags.csv, a rectangle in pixels of the upright image, and one of `names`. Other images than
-    `files` are skipped. Returns tiles as left, top, width and height, as shares of the image's
+    tags.csv, a rectangle in pixels of the upright image, and one of `names`. Rows of other images
+    than `files` are skipped. Returns tiles as left, top, width and height, as shares of the image's
     width and height, and tags as indices of names; an image with fewer than K tiles has the tag -1
     at the end. Raises DataError for rows that are wrong.
     """
@@ -722,29 +732,23 @@ def read_tags(path, files, names):
     found = {_normalize(file.relative_to(folder).as_posix()): (file, []) for file in files}
     others = {_normalize(file.relative_to(folder).as_posix()) for file in find_images(folder)}
     errors = []
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        columns = reader.fieldnames or []
-        if not set(TAG_COLUMNS) <= set(columns):
-            needs = f"needs the columns {','.join(TAG_COLUMNS)}, separated by commas"
-            raise DataError(f"{path}: {needs}; its first line is {','.join(columns)!r}")
-        for row in reader:
-            image, tag = (str(row[column]).strip() for column in ("image", "tag"))
-            image, tag = _normalize(image), tag.lower()
-            why = None
-            if tag not in names:
-                why = f"the tag is {tag!r}, not one of {', '.join(names)}"
-            elif image in found:
-                image_file, rows = found[image]
-                w, h = _upright_size(image_file)
-                tile = _read_tile(row, w, h)
-                rows.append((tile, names.index(tag)))
-                if tile is None:
-                    why = f"no rectangle inside the image, which has {w} x {h} pixels"
-            elif image not in others:
-                why = f"{folder / row['image']} does not exist; correct the name"
-            if why:
-                errors.append(f"{path}, line {reader.line_num}: {why}")
+    for line, row in _read_rows(path):
+        image, tag = _normalize(row["image"]), row["tag"].lower()
+        if tag not in names:
+            errors.append(f"{path}, line {line}: the tag is {tag!r}, not one of {', '.join(names)}")
+        elif image in found:
+            file, rows = found[image]
+            size = _upright_size(file)
+            tile = _read_tile(row, *size)
+            rows.append((tile, names.index(tag)))
+            if tile is None:
+                given = " ".join(row[column] for column in TAG_COLUMNS[1:5])
+                why = f"{given!r} is no rectangle inside the image, which has {size} pixels"
+                todo = "write left, top, width and height in pixels, with decimal points"
+                errors.append(f"{path}, line {line}: {why}; {todo}")
+        elif image not in others:
+            todo = "write its path below this folder, such as b.png or patient7/b.png"
+            errors.append(f"{path}, line {line}: {row['image']!r} is no image in {folder}; {todo}")
     raise_errors(errors)
     most = max(len(rows) for _, rows in found.values())
     tiles = torch.zeros(len(files), most, 4)
@@ -756,23 +760,47 @@ def read_tags(path, files, names):
     return tiles, tags
 
 
-@functools.cache
-def _upright_size(path):
-    """Width and height of an image file in pixels, upright."""
-    with _open(path) as img:
-        return img.size if _orientation(img) < 5 else img.size[::-1]
+def _read_rows(path):
+    """Return [(line number, {column: text})] of tags.csv, also as spreadsheets save it."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        delimiter = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+        try:
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+        except csv.Error as error:
+            why = f"{error}; correct the quotation marks"
+            raise DataError(f"{path}, line {reader.line_num}: {why}") from error
+    lines = [(line, cells) for line, cells in lines if any(cells)]
+    columns = [name.lower() for name in lines[0][1]] if lines else []
+    if any(columns.count(name) != 1 for name in TAG_COLUMNS):
+        needs = f"needs the columns {','.join(TAG_COLUMNS)}, in UTF-8"
+        raise DataError(f"{path}: {needs}; its first line is {','.join(columns)!r}")
+    for line, cells in lines:
+        if len(cells) < len(columns) or any(cells[len(columns) :]):
+            why = f"has {len(cells)} cells for {len(columns)} columns; write 0.5, not 0,5"
+            raise DataError(f"{path}, line {line}: {why}")
+    return [(line, dict(zip(columns, cells, strict=False))) for line, cells in lines[1:]]
 
 
 def _read_tile(row, w, h):
     """Left, top, width, height of a row, as shares of an image's size, or None if it is wrong."""
     try:
         left, top, width, height = (float(row[column]) for column in TAG_COLUMNS[1:5])
-    except (TypeError, ValueError):
+    except ValueError:
         return None
-    inside = min(left, top) >= 0 and left + width <= w + 0.01 and top + height <= h + 0.01
-    if not (inside and min(width, height) > 0):  # also true for NaN
+    is_inside = min(left, top) >= 0 and left + width <= w + 0.01 and top + height <= h + 0.01
+    if not (is_inside and min(width, height) >= 1):  # also true for NaN
         return None
     return left / w, top / h, width / w, height / h
+
+
+@functools.cache
+def _upright_size(path):
+    """Width and height of an image file in pixels, upright."""
+    with _open(path) as img:
+        # Pillow gives the size of a turned TIFF upright, that of other formats as stored.
+        return ImageOps.exif_transpose(img).size if _orientation(img) > 4 else img.size
 
 
 def _draw_split(folder, pairs, split, missing_splits):

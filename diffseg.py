@@ -40,6 +40,7 @@ import math
 import os
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
@@ -840,42 +841,57 @@ def load(split, size, args, images_only=False):
 
 def load_if_masks(split, args):
     """A split for validation or test, or None where there are tags and no masks."""
-    has_masks = data.has_masks(args.data, args.data_root, split)
-    if not has_masks and data.find_tags(args.data, args.data_root):
-        return None
-    return load(split, args.size, args)
+    if data.has_masks(args.data, args.data_root, split):
+        return load(split, args.size, args)
+    if not data.find_tags(args.data, args.data_root):
+        todo = "add masks, or tags.csv beside the training images"
+        raise DataError(f"{args.data_root}: no masks of {split} images and no tags.csv; {todo}")
+    return None
 
 
 def load_training(args):
-    """The tagged training images, their masks (N, R, 2H, 2W), R = 0 if none are needed, and the
-    fingerprint of all this."""
+    """The tagged training images, their masks (N, R, 2H, 2W), R = 0 if none are needed, and
+    fingerprints of all this."""
     tags_file = data.find_tags(args.data, args.data_root)
     size = [2 * side for side in args.size]  # tiles need detail
-    images_only = tags_file is not None and "unet" not in args.method
-    train_set = load("train", size, args, images_only=images_only)
-    images, masks, fingerprint = train_set.images, train_set.masks, train_set.fingerprint
+    train_set = load("train", size, args, images_only=tags_file is not None)
+    images, masks = train_set.images, train_set.masks
+    fingerprints = {"train": train_set.fingerprint}
     if tags_file:
         tiles, tags = data.read_tags(tags_file, train_set.files, TAG_NAMES)
         tiles, tags = tiles[:, : args.tags], tags[:, : args.tags]
-        fingerprint = data.fingerprint(fingerprint, tiles.tolist(), tags.tolist())
+        fingerprints["tags"] = data.fingerprint(tiles.tolist(), tags.tolist())
+        if "unet" in args.method:  # the only network that needs masks
+            if not data.has_masks(args.data, args.data_root, "train"):
+                raise DataError(f"{tags_file.parent}: --method unet needs masks; add them")
+            with_masks = load("train", size, args)
+            masks, fingerprints["masks"] = with_masks.masks, with_masks.fingerprint
         has_tags = (tags != NO_TAG).any(1)  # (N,)
         if not has_tags.all():
             print(f"{tags_file}: {(~has_tags).sum()} of {len(tags)} images have no tag, not used")
             images, masks, tiles, tags = (x[has_tags] for x in (images, masks, tiles, tags))
     else:
         tiles, tags = tag_tiles(masks, args.tags or TILES, args.seed)
-    if not (tags == LESION).any() or not (tags == HEALTHY).any():
-        why = "no tile of the training images is healthy, or none is lesion"
-        raise DataError(f"{tags_file or train_set.name}: {why}; both are needed")
+    for tag in (HEALTHY, LESION):
+        if not (tags == tag).any():
+            why = f"no tile of {len(images)} training images is tagged {TAG_NAMES[tag]}"
+            raise DataError(f"{tags_file or train_set.name}: {why}; use more tags or images")
     images, masks = (data.to_device_if_it_fits(x, args.device) for x in (images, masks))
-    return TaggedImages(images, tiles, tags), masks, fingerprint
+    return TaggedImages(images, tiles, tags), masks, fingerprints
 
 
 def write_tags(args):
     """Compute tags from the training masks and write them in the format of tags.csv."""
+    path = Path(args.write_tags).resolve()
+    if path.exists() or not path.parent.is_dir():
+        raise DataError(f"{path}: exists, or its folder does not; choose another name")
+    if not data.has_masks(args.data, args.data_root, "train"):
+        raise DataError(
+            f"{args.data_root}: no masks of training images, from which to compute tags"
+        )
     train_set = load("train", [2 * side for side in args.size], args)
     tiles, tags = tag_tiles(train_set.masks, args.tags or TILES, args.seed)
-    data.write_tags(args.write_tags, train_set.files, tiles, tags, TAG_NAMES)
+    data.write_tags(path, train_set.folder, train_set.files, tiles, tags, TAG_NAMES)
 
 
 def train_all(tagged, masks, run):
@@ -921,13 +937,14 @@ def calibrate(nets, img, choose, args):
 
 def fit(test, args, folder):
     """Train and choose thresholds and the row for --predict; writes best.pt."""
-    tagged, masks, fingerprint = load_training(args)
+    tagged, masks, fingerprints = load_training(args)
     val = load_if_masks("val", args)
     splits = {"val": val, "test": test}
-    fingerprints = {name: split.fingerprint for name, split in splits.items() if split}
-    fingerprints["train"] = fingerprint
+    fingerprints |= {name: split.fingerprint for name, split in splits.items() if split}
     if not args.resume:
         data.prepare_folder(folder)
+    for last in folder.glob("last_*.pt"):  # before hours of training
+        data.load_checkpoint(last, METHOD, fingerprints)
     trained = train_all(tagged, masks, (fingerprints, args, folder))
     nets = {stage: net for stage, (net, _) in trained.items()}
     if val:
@@ -974,6 +991,15 @@ def run(args):
         fit(test, args, folder)
     best = args.checkpoint or folder / "best.pt"
     state, nets = data.load_checkpoint(best, METHOD, fingerprints), {}
+    had_test = "test" in state["fingerprints"]  # or there were no masks
+    if (
+        not args.predict
+        and test
+        and not had_test
+        and data.is_drawn(args.data, args.data_root, "test")
+    ):
+        why = "was trained on all images, also on those that are drawn for testing now"
+        raise DataError(f"{best}: {why}; train again with --overwrite")
     for stage, weights in state["nets"].items():
         nets[stage] = UNet(len(weights["head.2.bias"]), args.width).to(args.device).eval()
         nets[stage].load_state_dict(weights)
@@ -987,9 +1013,8 @@ def run(args):
     if test:
         report(nets, test, state, args, folder)
     else:
-        print(
-            f"No masks of test images, so there is no table. Use --predict PATH --checkpoint {best}"
-        )
+        print(f"{args.data_root}: no masks of test images, so there is no table.")
+        print(f"To segment images: --predict PATH --checkpoint {best}")
 
 
 def main(argv=None):

@@ -6,9 +6,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, best, error_lines, result, run, same_weights, segmentation_folder
+from conftest import (
+    NOISE,
+    TINY,
+    best,
+    error_lines,
+    result,
+    run,
+    same_weights,
+    save,
+    segmentation_folder,
+)
 
 import crf
+import data
 import diffseg
 
 FLAGS = TINY[diffseg][: -1 - len(diffseg.STAGES)]  # without --method
@@ -179,8 +190,8 @@ def test_tags_in_a_file_replace_the_masks(tmp_path, capsys):
     shutil.rmtree(root / "test")
     tags.write_text("\n".join(tags.read_text().splitlines()[:-60]))  # the last image has none
     assert run(diffseg, *flags, "--out", tmp_path / "no") == 0
-    assert {"No masks", "1 of 12 images"} <= set(
-        re.findall("No masks|1 of 12 images", capsys.readouterr().out)
+    assert {"no masks", "1 of 12 images"} <= set(
+        re.findall("no masks|1 of 12 images", capsys.readouterr().out)
     )
     state = torch.load(path := best(tmp_path / "no"), weights_only=True)
     assert state["row"] == "diffseg_student" and not path.with_name("result.json").exists()
@@ -191,12 +202,18 @@ def test_tags_in_a_file_replace_the_masks(tmp_path, capsys):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("img9.png,0,0,10,10,healthy", "img9.png does not exist"),
+        ("img9.png,0,0,10,10,healthy", "'img9.png' is no image in"),
         ("img0.png,0,0,10,10,sick", "the tag is 'sick', not one of healthy, mixed, lesion"),
-        ("img0.png,60,0,10,10,lesion", "no rectangle inside the image, which has 64 x 48"),
+        (
+            "img0.png,60,0,10,10,lesion",
+            "is no rectangle inside the image, which has (64, 48) pixels",
+        ),
         ("img0.png,0,0,nan,10,lesion", "no rectangle"),
-        ("img0.png,0,0,10", "the tag is"),
-        ("img0.png,0,0,10,10,healthy", "no tile"),
+        ("img0.png,0.1,0.1,0.5,0.5,lesion", "no rectangle"),  # shares of the image
+        ('"img0.png,0,0,10,10,lesion', "correct the quotation marks"),
+        ("img0.png,0,5,10,10,10,lesion", "has 7 cells for 6 columns"),  # a decimal comma
+        ("img0.png,0,0,10", "has 4 cells for 6 columns"),
+        ("img0.png,0,0,10,10,healthy", "no tile of 1 training images is tagged lesion"),
     ],
 )
 def test_wrong_tags_get_one_line(line, words, tmp_path, capsys):
@@ -205,6 +222,46 @@ def test_wrong_tags_get_one_line(line, words, tmp_path, capsys):
     assert run(diffseg, *folder_flags(root, tmp_path)) == 2
     (found,) = error_lines(capsys)
     assert "tags.csv" in found and words in found
+
+
+def test_tags_csv_of_a_spreadsheet_for_turned_images_behind_a_link(tmp_path):
+    for k, name in enumerate(["one.tif", "two.png", "three.jpg"]):
+        save(tmp_path / "mine/train/images/sub" / name, NOISE[k], turn=6)  # upright 32 x 48
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    tags = data.find_tags("folder", tmp_path / "link") or tmp_path / "mine/train/tags.csv"
+    files = sorted((tmp_path / "mine/train/images/sub").iterdir())
+    rows = [f"sub/{file.name.upper()};8;12;16;24;Lesion" for file in files]
+    text = "\ufeffImage;left;top;width;height;tag\r\n" + "\r\n".join(rows) + "\r\n;;;;;\r\n"
+    tags.write_text(text, "utf-8")
+    assert data.find_tags("folder", tmp_path / "link") == tags.resolve()
+    tiles, found = data.read_tags(tags.resolve(), files, diffseg.TAG_NAMES)
+    assert (tiles == torch.tensor([0.25, 0.25, 0.5, 0.5])).all() and (found == 2).all()
+    data.write_tags(tags, tags.with_name("images"), files, tiles, found, diffseg.TAG_NAMES)
+    assert torch.equal(data.read_tags(tags, files, diffseg.TAG_NAMES)[0], tiles)
+    tags.rename(tmp_path / "mine/tags.csv")
+    with pytest.raises(data.DataError, match="move it to"):
+        data.find_tags("folder", tmp_path / "mine")
+
+
+def test_masks_that_are_added_later(tmp_path, capsys):
+    root = segmentation_folder(tmp_path, n=8) / "train"  # a set without split folders
+    flags = folder_flags(root, tmp_path / "out")
+    assert run(diffseg, *flags, "--write-tags", tmp_path / "tags.csv") == 0
+    (tmp_path / "tags.csv").rename(root / "tags.csv")
+    (root / "masks_0").rename(tmp_path / "masks_0")
+    assert run(diffseg, *flags, "--method", "tags_unet") == 0
+    (tmp_path / "masks_0").rename(root / "masks_0")
+    assert run(diffseg, *flags, "--eval-only") == 2  # all images were used for training
+    assert "drawn for testing" in error_lines(capsys)[0]
+    assert run(diffseg, *flags, "--overwrite", "--method", "tags_unet") == 0
+    assert run(diffseg, *flags, "--resume", "--method", "tags_unet", "unet") == 0
+    assert "unet" in result(tmp_path / "out")["rows"]
+    tags = root / "tags.csv"
+    tags.write_text(tags.read_text().replace("mixed", "healthy", 1))
+    methods = ["tags_unet", "unet", "diffseg"]
+    assert run(diffseg, *flags, "--resume", "--method", *methods) == 2  # before training diffseg
+    assert "data changed" in error_lines(capsys)[0]
+    assert not list((tmp_path / "out").rglob("last_diffseg.pt"))
 
 
 def test_training_masks_serve_the_tags_alone(trained, tmp_path, monkeypatch):
