@@ -75,7 +75,7 @@ SHOWN = ["unet", "tags_unet_crf", "tags_student", "diffseg_crf", "diffseg_studen
 METRICS = ["dice", "iou", "precision", "recall", "ged"]
 HEALTHY, MIXED, LESION, NO_TAG = 0, 1, 2, -1  # tags of a tile
 TAG_NAMES = ["healthy", "mixed", "lesion"]  # in tags.csv
-TILES = 48  # tiles of a training image when the tags are computed from masks
+TILES, TAGS = 48, 12  # without tags.csv: tiles drawn in a training image, those tagged by default
 LESION_SHARE = 0.9  # a tile is tagged LESION if at least this share of it is lesion
 LESION_FREE, AS_IT_IS = 0, 1  # y of the network f(xt, t, y): which image it reconstructs
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     method = "train and compare these; by default all but tags_student, and unet only if training "
     method += "images have masks and are not synthetic"
     add("--method", nargs="+", choices=STAGES, help=method)
-    tags = "use the first K tags of each training image; by default all"
+    tags = f"use the first K tags of each training image; by default all of tags.csv, or {TAGS}"
     add("--tags", type=whole(1), metavar="K", help=tags)
     write = "write the tags computed from the training masks to this file (CSV), and stop"
     add("--write-tags", metavar="FILE", help=write)
@@ -871,7 +871,7 @@ def load_training(args):
             print(f"{tags_file}: {(~has_tags).sum()} of {len(tags)} images have no tag, not used")
             images, masks, tiles, tags = (x[has_tags] for x in (images, masks, tiles, tags))
     else:
-        tiles, tags = tag_tiles(masks, args.tags or TILES, args.seed)
+        tiles, tags = tag_tiles(masks, args.tags or TAGS, args.seed)
     for tag in (HEALTHY, LESION):
         if not (tags == tag).any():
             why = f"no tile of {len(images)} training images is tagged {TAG_NAMES[tag]}"
@@ -890,7 +890,7 @@ def write_tags(args):
             f"{args.data_root}: no masks of training images, from which to compute tags"
         )
     train_set = load("train", [2 * side for side in args.size], args)
-    tiles, tags = tag_tiles(train_set.masks, args.tags or TILES, args.seed)
+    tiles, tags = tag_tiles(train_set.masks, args.tags or TAGS, args.seed)
     data.write_tags(path, train_set.folder, train_set.files, tiles, tags, TAG_NAMES)
 
 
@@ -991,13 +991,8 @@ def run(args):
         fit(test, args, folder)
     best = args.checkpoint or folder / "best.pt"
     state, nets = data.load_checkpoint(best, METHOD, fingerprints), {}
-    had_test = "test" in state["fingerprints"]  # or there were no masks
-    if (
-        not args.predict
-        and test
-        and not had_test
-        and data.is_drawn(args.data, args.data_root, "test")
-    ):
+    added = args.eval_only and test and "test" not in state["fingerprints"]  # masks of test images
+    if added and data.is_drawn(args.data, args.data_root, "test"):
         why = "was trained on all images, also on those that are drawn for testing now"
         raise DataError(f"{best}: {why}; train again with --overwrite")
     for stage, weights in state["nets"].items():
