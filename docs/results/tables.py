@@ -18,17 +18,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
-    "otsu": "Otsu, green channel",
     "unet": "U-Net, all masks",
-    "tags_unet": "U-Net, tags",
-    "tags_unet_crf": "U-Net, tags + CRF",
-    "tags_student": "student of U-Net, tags",
+    "tags_unet": "U-Net on tags",
+    "tags_unet_crf": "U-Net on tags + CRF",
+    "tags_student": "student of U-Net on tags",
     "difference": "difference alone",
     "blend": "blend alone",
     "diffseg": "DiffSeg",
     "diffseg_crf": "DiffSeg + CRF",
-    "diffseg_student": "student",
-    "diffseg_student_crf": "student + CRF",
+    "diffseg_student": "student of DiffSeg",
+    "diffseg_student_crf": "student of DiffSeg + CRF",
     "fixmatch": "FixMatch",
     "freematch": "FreeMatch",
     "pepl": "PEPL",
@@ -55,7 +54,7 @@ SUMMARY = {
         "dice",
         [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
         [(ISIC, "diffseg_student", "student")],
-        [None],
+        [(ISIC, "tags_unet_crf", "U-Net on tags + CRF"), (ISIC, "tags_student", "its student")],
         [(ISIC, "unet", "U-Net, all masks")],
     ),
     "PEPL": (
