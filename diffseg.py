@@ -75,7 +75,7 @@ SHOWN = ["unet", "tags_unet_crf", "tags_student", "diffseg_crf", "diffseg_studen
 METRICS = ["dice", "iou", "precision", "recall", "ged"]
 HEALTHY, MIXED, LESION, NO_TAG = 0, 1, 2, -1  # tags of a tile
 TAG_NAMES = ["healthy", "mixed", "lesion"]  # in tags.csv
-TILES, TAGS = 48, 12  # without tags.csv: tiles drawn in a training image, those tagged by default
+TILES, TAGS = 48, 12  # without tags.csv: tiles drawn in an image, and those used by default
 LESION_SHARE = 0.9  # a tile is tagged LESION if at least this share of it is lesion
 LESION_FREE, AS_IT_IS = 0, 1  # y of the network f(xt, t, y): which image it reconstructs
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
@@ -99,14 +99,15 @@ def parse_args(argv=None):
     add("--data", default="synthetic", choices=["synthetic", "isic2018", "folder"], help="data set")
     size = "network input: N or WIDTHxHEIGHT, pixels; by default 64x48, but 128x96 on a GPU if "
     add("--size", type=parse_size, help=size + "images are not synthetic")
-    steps = "training steps of each network; by default 190 on synthetic images, else 1860"
+    steps = "training steps of each network; by default 210 on synthetic images, else 1860"
     add("--steps", type=whole(1), help=steps)
     add("--batch-size", type=whole(3), default=24, help="images in a training step")
     add("--lr", type=data.number(1e-9, 10), default=1e-3, help="peak learning rate of AdamW")
     method = "train and compare these; by default all but tags_student, and unet only if training "
     method += "images have masks and are not synthetic"
     add("--method", nargs="+", choices=STAGES, help=method)
-    tags = f"use the first K tags of each training image; by default all of tags.csv, or {TAGS}"
+    tags = "use the first K tags of each training image; by default all of tags.csv; without it, "
+    tags += f"{TAGS}, on synthetic images {TILES}"
     add("--tags", type=whole(1), metavar="K", help=tags)
     write = "write the tags computed from the training masks to this file (CSV), and stop"
     add("--write-tags", metavar="FILE", help=write)
@@ -115,7 +116,9 @@ def parse_args(argv=None):
     add("--outputs", type=whole(1), help=outputs)
     args = p.parse_args(argv)
     synthetic = args.data == "synthetic"
-    p.set_defaults(steps=190 if synthetic else 1860, outputs=8 if synthetic else 16)
+    p.set_defaults(steps=1860, outputs=16)
+    if synthetic:
+        p.set_defaults(steps=210, outputs=8, tags=TILES)
     on_gpu = args.device.startswith("cuda")
     p.set_defaults(size="128x96" if on_gpu and not synthetic else "64x48")
     rows = ["unet", "tags_unet", "diffseg", "diffseg_student"]
