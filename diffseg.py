@@ -19,7 +19,9 @@ is known, and from these the network learns what the skin looks like without the
     python diffseg.py --data folder --data-root mine      mine/<train|val|test>/{images,masks}/*
     python diffseg.py --predict photo.jpg --checkpoint out/diffseg/isic2018/seed0/best.pt
 
-Results on photographs are in docs/diffseg.md.
+Test Dice on ISIC (300 images, our own split, 12 tags on each training image, 64 x 48 px, seed 0):
+DiffSeg + CRF 0.826, its control 0.811; student of DiffSeg 0.863, of the control 0.884; the same
+U-Net trained on all masks 0.900.
 
 Deviations from the paper:
 D1  One conditional network instead of two: half the parameters.

@@ -55,7 +55,7 @@ SUMMARY = {
         [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
         [(ISIC, "diffseg_student", "student")],
         [(ISIC, "tags_unet_crf", "U-Net on tags + CRF"), (ISIC, "tags_student", "its student")],
-        [(ISIC, "unet", "U-Net, all masks")],
+        [(ISIC, "unet", "all masks")],
     ),
     "PEPL": (
         "accuracy",
