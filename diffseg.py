@@ -846,7 +846,8 @@ def load(split, size, args, images_only=False):
 
 def load_if_masks(split, args):
     """A split for validation or test, or None where there are tags and no masks."""
-    if data.has_masks(args.data, args.data_root, split):
+    root_exists = os.path.isdir(args.data_root)  # if not, load() says so
+    if not root_exists or data.has_masks(args.data, args.data_root, split):
         return load(split, args.size, args)
     if not data.find_tags(args.data, args.data_root):
         todo = "add masks, or tags.csv beside the training images"

@@ -54,7 +54,7 @@ SUMMARY = {
         "dice",
         [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
         [(ISIC, "diffseg_student", "student")],
-        [(ISIC, "tags_unet_crf", "U-Net on tags + CRF"), (ISIC, "tags_student", "its student")],
+        [(ISIC, "tags_unet_crf", "tags + CRF"), (ISIC, "tags_student", "its student")],
         [(ISIC, "unet", "all masks")],
     ),
     "PEPL": (
