@@ -104,7 +104,7 @@ def parse_args(argv=None):
 
 
 # ==================================================================================================
-# 2. The method's mathematics: pure functions on tensors ([G]: given by others, [O]: ours)
+# 2. The method's mathematics: pure functions ([G], [paper]: given by others, [O]: ours)
 # ==================================================================================================
 
 # Linear betas 1e-4 .. 0.02; ALPHA_BAR[t] is the share of signal variance left after step t.

@@ -639,7 +639,6 @@ def all_outputs(nets, img, n, args):
             difference, blend = diffseg_maps(nets["diffseg"], x, n, args.seed)
             rows["difference"] = torch.logit(difference, 1e-4)
             rows["blend"] = torch.logit(blend, 1e-4)
-            # The blend separates lesions from other dark things, the difference has their outline.
             rows["diffseg"] = torch.logit((blend * difference).sqrt(), 1e-4)  # Eq. 5 [ours]
     return rows
 
@@ -793,9 +792,8 @@ def train(stage, c_out, draw_batch, loss_function, fingerprints, args, folder):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         scheduler.step()
-        update_ema(
-            ema, net, min(0.995, (step + 1) / (step + 11))
-        )  # average over fewer steps at the start
+        decay = min(0.995, (step + 1) / (step + 11))  # average over fewer steps at the start
+        update_ema(ema, net, decay)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             seconds = time.time() - began
             more = {"step": step + 1, "seconds": seconds}
@@ -856,8 +854,8 @@ def load_if_masks(split, args):
 
 
 def load_training(args):
-    """The tagged training images, their masks (N, R, 2H, 2W), R = 0 if none are needed, and
-    fingerprints of all this."""
+    """Load the tagged training images, their masks (N, R, 2H, 2W), R = 0 if none are needed, and
+    the fingerprints of both."""
     tags_file = data.find_tags(args.data, args.data_root)
     size = [2 * side for side in args.size]  # tiles need detail
     train_set = load("train", size, args, images_only=tags_file is not None)
@@ -892,9 +890,7 @@ def write_tags(args):
     if path.exists() or not path.parent.is_dir():
         raise DataError(f"{path}: exists, or its folder does not; choose another name")
     if not data.has_masks(args.data, args.data_root, "train"):
-        raise DataError(
-            f"{args.data_root}: no masks of training images, from which to compute tags"
-        )
+        raise DataError(f"{args.data_root}: no masks of training images to compute tags from")
     train_set = load("train", [2 * side for side in args.size], args)
     tiles, tags = tag_tiles(train_set.masks, args.tags or TAGS, args.seed)
     data.write_tags(path, train_set.folder, train_set.files, tiles, tags, TAG_NAMES)
@@ -930,8 +926,7 @@ def train_all(tagged, masks, run):
 
 
 def calibrate(nets, img, choose, args):
-    """Thresholds {row: (N, 1, 1)} for the outputs of networks {stage: network} on images; they are
-    choose(logits)."""
+    """Thresholds {row: (N, 1, 1)} of networks {stage: network}: choose(logits of the images)."""
     thresholds = {}
     for stage, net in nets.items():  # one at a time, to save memory
         batches = img.split(batch_limit(args))
