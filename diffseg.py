@@ -1,13 +1,14 @@
 """DiffSeg: weakly supervised skin-lesion segmentation by diffusion difference.
 
-Paper: DiffSeg, https://arxiv.org/abs/2404.16474. A network f denoises a noised image twice: to the
-image as it was, with its lesion, and to its lesion-free counterpart. The two differ at the lesion.
-Several noises and thresholds give several masks, like those of several annotators; where the masks
-disagree, the segmentation is uncertain. A dense CRF integrates them into one mask.
+Paper: DiffSeg, https://arxiv.org/abs/2404.16474. A noised image is denoised twice: to the image as
+it is, and to its lesion-free counterpart. The two reconstructions differ at the lesion. Different
+noise gives different masks, like those of several annotators; where they disagree, the segmentation
+is uncertain. A dense CRF integrates the masks into one.
 
-No masks are needed for training. An annotator tags rectangles ("tiles") of each image as healthy,
-mixed or lesion. Lesion tiles blended into healthy tiles give images whose lesion-free counterpart
-is known, and from these the network learns what the skin looks like without the lesion.
+Here, no masks are needed for training (D1-D3, ours). An annotator tags rectangles ("tiles") of each
+image as healthy, mixed or lesion. Lesion tiles blended into healthy tiles give images whose
+lesion-free counterpart is known. From these and from the tagged tiles of whole images, one network
+f(xt, t, y) learns to predict the clean image x0 as it is or without its lesion, whichever y asks.
 
     x0 --noise--> xt --+-- f(xt, t, AS_IT_IS)    --> x0_lesion -----------+
                        |                                                  +-- map --> N masks
@@ -56,10 +57,11 @@ import data
 from crf import DenseCRF, unary_from_softmax
 from data import DataError, parse_size, whole
 
-# "Eq. n": our numbering, as in docs/diffseg.md. [paper]: from the paper or its code. [ours]: not.
+# "Eq. n": our numbering, as in docs/diffseg.md. [paper]: from the paper or its code. [ours]: added.
 METHOD = "diffseg"
 # Networks, in the order of training. unet: trained on all masks. tags_unet: the control, trained on
-# the tags without diffusion. *_student: a U-Net trained on pseudo-labels of the network before it.
+# the tags without diffusion. *_student: a U-Net trained on pseudo-labels from the network that
+# stands before it.
 STAGES = ["unet", "tags_unet", "tags_student", "diffseg", "diffseg_student"]
 ROWS = {  # row of the table: the network it uses
     "unet": "unet",
@@ -77,7 +79,8 @@ SHOWN = ["unet", "tags_unet_crf", "tags_student", "diffseg_crf", "diffseg_studen
 METRICS = ["dice", "iou", "precision", "recall", "ged"]
 HEALTHY, MIXED, LESION, NO_TAG = 0, 1, 2, -1  # tags of a tile
 TAG_NAMES = ["healthy", "mixed", "lesion"]  # in tags.csv
-TILES, TAGS = 48, 12  # without tags.csv: tiles drawn in an image, and those used by default
+TILES = 48  # tiles of an image that are tagged from its masks if there is no tags.csv
+TAGS = 12  # how many of these are used by default; all on synthetic images
 LESION_SHARE = 0.9  # a tile is tagged LESION if at least this share of it is lesion
 LESION_FREE, AS_IT_IS = 0, 1  # y of the network f(xt, t, y): which image it reconstructs
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
@@ -85,7 +88,8 @@ T_TRAIN, T_INFER = (5, 250), (5, 80)  # ranges of t
 LEVELS = torch.linspace(-6, 6, 121)  # candidate thresholds, in logits
 SPREADS = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # half-widths of the range of thresholds, in logits
 TAG_SPREAD = 1.5  # the half-width if there are no masks on which to choose it
-CRF_RESULTS, CRF_OUTPUTS = 3, 4  # CRF results, and random outputs averaged for each [paper]
+CRF_RESULTS = 3  # runs of the CRF [paper]
+CRF_OUTPUTS = 4  # random outputs whose mean is the input of one run [paper]
 CRF_SXY = 5.0  # std of the bilateral kernel in space, in pixels of an image 64 wide
 CRF_SRGB, CRF_WEIGHT = 8.0, 2.0  # its std in colour, in grey levels; weight of its message
 
@@ -139,20 +143,20 @@ def parse_args(argv=None):
 # ==================================================================================================
 # 2. Supervision: tagged tiles
 # ==================================================================================================
-# A tile is a rectangle of an image: left, top, width and height, as shares of the image's width and
-# height. An image has at most K tiles; missing ones are padded with the tag NO_TAG. A mixed tile
+# A tile is a rectangle of an image: left, top, width and height, as fractions of the image's
+# size. An image has at most K tiles; missing ones are padded with the tag NO_TAG. A mixed tile
 # takes no part in the losses; it only helps to choose thresholds.
 
 
 def tag_tiles(masks, k, seed):
     """Draw random tiles and tag them from masks.
 
-    masks: uint8 (N, R, H, W) of R raters. The training of DiffSeg reads them nowhere else.
-    Returns tiles (N, K, 4), with sides of 10 to 60 % of the image's, and tags (N, K).
+    masks: uint8 (N, R, H, W) of R raters. Nothing else in DiffSeg's training reads masks.
+    Returns tiles (N, K, 4), with sides of about 10 to 60 % of the image's, and tags (N, K).
     """
     n, _, h, w = masks.shape
     g = torch.Generator().manual_seed(seed)
-    most = max(k, TILES)  # so that for a smaller k, the tiles are the first of the 48
+    most = max(k, TILES)  # so that a smaller k gives the first k of the same tiles
     side = 0.1 + 0.5 * torch.rand(n, most, generator=g) ** 1.5  # small ones more often
     width, height = (side * w).long(), (side * h).long()
     left = (torch.rand(n, most, generator=g) * (w - width + 1)).long()
@@ -183,7 +187,7 @@ def inside(tiles, size):
 
 
 def lesion_share(masks, tiles):
-    """Share of each tile (B, K, 4) that each mask, float (B, L, H, W), covers: (B, L, K)."""
+    """Share of lesion in each tile (B, K, 4), for L masks, float (B, L, H, W): (B, L, K)."""
     in_y, in_x = inside(tiles, masks.shape[2:])  # (B, K, H), (B, K, W)
     area = in_y.sum(2) * in_x.sum(2)  # (B, K)
     lesion = torch.einsum("bkh,blhw,bkw->blk", in_y, masks, in_x)
@@ -219,8 +223,8 @@ class Batch(NamedTuple):
     """A training batch: images, and what is known about them."""
 
     x: torch.Tensor  # (B, 3, H, W) in [-1, 1]: x0
-    y: torch.Tensor  # int64 (B,): what f has to reconstruct, LESION_FREE or AS_IT_IS
-    target: torch.Tensor  # (B, 3, H, W) in [-1, 1]: that reconstruction
+    y: torch.Tensor  # int64 (B,): which reconstruction is asked for, LESION_FREE or AS_IT_IS
+    target: torch.Tensor  # (B, 3, H, W) in [-1, 1]: its correct result
     known: torch.Tensor  # (B, 1, H, W) in {0, 1}: where the target is known
     lesion: torch.Tensor  # (B, 1, H, W) in [0, 1]: presence of a lesion, the target of the blend
     lesion_known: torch.Tensor  # (B, 1, H, W) in {0, 1}: where that is known
@@ -264,7 +268,8 @@ def draw_tile_pairs(tags, b):
 
 
 def crop_tiles(tagged, chosen, device):
-    """Crop tiles, chosen as (image, tile) (b, 2), to (b, 3, H, W) in [-1, 1]; half are mirrored."""
+    """Crop the tiles chosen (b, 2) = (image, tile) and resize them to the network's input, (b, 3,
+    H, W) in [-1, 1]; half of them are mirrored."""
     h, w = tagged.images.shape[2:]
     left, top, width, height = tagged.tiles[chosen[:, 0], chosen[:, 1]].unbind(1)
     corners = [left * w, top * h, (left + width) * w, (top + height) * h]
@@ -295,7 +300,7 @@ def implant_batch(tagged, b, device):
 
 def image_batch(tagged, b, device):
     """b whole images, augmented. In healthy tiles, the lesion-free counterpart is the image itself;
-    elsewhere it is unknown. Whether there is a lesion is known in healthy and lesion tiles."""
+    elsewhere it is unknown. The lesion is known in healthy and in lesion tiles."""
     i = torch.randint(len(tagged.images), (b,))
     img = tagged.images[i].to(device).float() / 255  # (b, 3, 2H, 2W)
     tiles, tags = tagged.tiles[i].to(device), tagged.tags[i].to(device)
@@ -313,7 +318,7 @@ def diffseg_batch(tagged, b, device):
     implants = implant_batch(tagged, b // 3, device)
     images = image_batch(tagged, b - b // 3, device)
     batch = Batch(*(torch.cat(fields) for fields in zip(implants, images, strict=True)))
-    # One in eight is reconstructed as it is: known everywhere, and the blend is not used.
+    # Only one in eight is reconstructed as it is: that is easy to learn.
     as_it_is = (uniform(0, 1, b) < 0.125).to(device)  # (B, 1, 1, 1)
     return batch._replace(
         y=torch.where(as_it_is.flatten(), AS_IT_IS, LESION_FREE),
@@ -409,7 +414,7 @@ class UNet(nn.Module):
     """U-Net f(x, t, y) of four levels: x (B, 3, H, W), t and y int64 (B,) -> (B, c_out, H, W).
 
     As denoiser c_out = 4: the reconstruction of x0, and the logit of the blend. As segmenter
-    c_out = 1, the logit of a lesion, without t and y. H and W are multiples of 8.
+    c_out = 1, the logit of a lesion, without t and y. H and W are multiples of 8, width of 16.
     """
 
     def __init__(self, c_out, width=32):
@@ -458,12 +463,12 @@ class UNet(nn.Module):
 def diffusion_difference(x0_healthy, x0_lesion):
     """Where two reconstructions (B, 3, H, W) differ, scaled to 0..1 in each image: (B, 1, H, W).
 
-    The paper subtracts pseudo-noises eps~ = (xt - sqrt(a) x0_hat) / sqrt(1 - a) (Eq. 3). Their
-    difference is d, below, times sqrt(a) / sqrt(1 - a), because xt cancels. Pixels that are lighter
-    with the lesion count as 0.
+    The paper subtracts the pseudo-noises eps~ = (xt - sqrt(a) x0_hat) / sqrt(1 - a) (Eq. 3) of the
+    two. As xt cancels, eps~_lesion - eps~_healthy = sqrt(a / (1 - a)) d, with the d below. Every
+    image gets a maximum of 1, also one without a lesion.
     """
-    d = (x0_healthy - x0_lesion).mean(1, keepdim=True)  # Eq. 4 [paper; the next three lines ours]
-    d = d.clamp(min=0)
+    d = (x0_healthy - x0_lesion).mean(1, keepdim=True)  # Eqs. 3, 4 [paper]
+    d = d.clamp(min=0)  # [ours]: pixels that are lighter with the lesion count as 0
     low, high = d.amin((1, 2, 3), keepdim=True), d.amax((1, 2, 3), keepdim=True)
     return (d - low) / (high - low).clamp(min=1e-6)
 
@@ -490,8 +495,10 @@ def diffseg_maps(net, x0, n, seed):
 
 @torch.no_grad()
 def dropout_outputs(net, x, n, seed):
-    """n outputs of a segmenter, logits (B, n, H, W): dropout stays on (MC dropout, arXiv
-    1506.02142). x: (B, 3, H, W) in [-1, 1]."""
+    """n outputs of a segmenter, logits (B, n, H, W), by MC dropout (arXiv 1506.02142).
+
+    x: (B, 3, H, W) in [-1, 1]. The outputs of an image depend on its place in the batch.
+    """
     torch.manual_seed(seed)
     net.train()  # dropout is the only layer that behaves differently in training mode
     p = torch.cat([net(x).sigmoid() for _ in range(n)], 1)
@@ -502,14 +509,15 @@ def dropout_outputs(net, x, n, seed):
 # ==================================================================================================
 # 7. Thresholds, uncertainty and CRF
 # ==================================================================================================
-# Each output has its own threshold. Its margin is logit - threshold, or q - 1/2 after the CRF. Its
-# mask is margin > 0; the one mask of an image is mean margin > 0.
+# An output is a map of logits. Each output has its own threshold, and its margin is logit minus
+# threshold. After the CRF, the margin is the probability of a lesion minus 1/2. The mask of an
+# output is margin > 0; the one mask of an image is mean margin > 0.
 
 
 def spread_thresholds(level, spread, n):
-    """n thresholds (n, 1, 1), evenly from level - spread to level + spread, in random order.
+    """n thresholds (n, 1, 1), evenly from level - spread to level + spread.
 
-    Unshuffled, outputs with more noise would always get the higher thresholds.
+    They are shuffled, the same way each time, because later outputs have more noise.
     """
     offsets = torch.linspace(-spread, spread, n) if n > 1 else torch.zeros(1)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
@@ -519,9 +527,10 @@ def spread_thresholds(level, spread, n):
 def choose_thresholds(logits, masks):
     """Thresholds (N, 1, 1) for outputs, logits (B, N, H, W), from masks (B, R, H, W).
 
-    Their middle is chosen by the best Dice, then their spread by the lowest GED.
+    First their middle is chosen, by the best Dice, then their spread, by the lowest GED.
     """
-    n, mean, truth = logits.shape[1], logits.mean(1, keepdim=True), majority(masks)
+    n = logits.shape[1]
+    mean, truth = logits.mean(1, keepdim=True), majority(masks)
     level = max(LEVELS.tolist(), key=lambda x: overlap_metrics(mean > x, truth)["dice"].mean())
     candidates = [spread_thresholds(level, spread, n) for spread in SPREADS]
     return min(candidates, key=lambda x: ged(logits > x.to(logits), masks).mean())
@@ -557,7 +566,7 @@ def contradicted_tags(logits, tiles, tags):
 
 
 def best_level(wrong):
-    """The level (B,) with the lowest count in wrong (B, L); the middle one of equals."""
+    """The level (B,) with the lowest count in wrong (B, L); of equal ones, the middle one."""
     best = (wrong == wrong.amin(1, keepdim=True)).int()
     middle = best.sum(1, keepdim=True) // 2 + 1  # its rank among the best
     return LEVELS.to(wrong.device)[(best.cumsum(1) >= middle).int().argmax(1)]
@@ -598,9 +607,10 @@ def ged(samples, raters):
 
 
 def crf_integrate(margin, img, seed):
-    """CRF_RESULTS results of a dense CRF, each from the mean of CRF_OUTPUTS random outputs.
+    """CRF_RESULTS runs of a dense CRF, each on the mean of CRF_OUTPUTS random outputs.
 
-    margin: (B, N, H, W). img: (B, 3, H, W) in 0..255. Returns margins (B, CRF_RESULTS, H, W).
+    The runs are equal if there are no more outputs than that. margin: (B, N, H, W). img: (B, 3, H,
+    W) in 0..255. Returns margins (B, CRF_RESULTS, H, W).
     """
     g = torch.Generator().manual_seed(seed)
     kernel = {"sxy_bilateral": CRF_SXY * img.shape[3] / 64, "srgb": CRF_SRGB}
@@ -608,10 +618,10 @@ def crf_integrate(margin, img, seed):
     results = []
     for _ in range(CRF_RESULTS):
         chosen = torch.randperm(margin.shape[1], generator=g)[:CRF_OUTPUTS]
-        p = margin[:, chosen.to(margin.device)].sigmoid().mean(1, keepdim=True)  # (B, 1, H, W)
+        p = margin[:, chosen.to(margin.device)].sigmoid().mean(1, keepdim=True)  # Eq. 8 [paper]
         q = crf(unary_from_softmax(torch.cat([1 - p, p], 1)), img)  # (B, 2, H, W)
         results.append(q[:, 1:] - 0.5)
-    return torch.cat(results, 1)  # Eq. 8 [paper]
+    return torch.cat(results, 1)
 
 
 # ==================================================================================================
@@ -628,19 +638,21 @@ def batch_limit(args):
 def all_outputs(nets, img, n, args):
     """n outputs of networks {stage: network}, for images (B, 3, H, W) in 0..255.
 
-    Returns {row: logits (B, n, H, W)}. The network of DiffSeg gives three rows: the difference and
-    the blend alone, and, last, both together.
+    Returns {row: logits (B, n, H, W)}. The network of DiffSeg gives three rows: the difference
+    alone, the blend alone, and "diffseg", both together.
     """
     x = img.to(args.device).float() / 127.5 - 1
+    outputs = {}
     segmenters = {stage: net for stage, net in nets.items() if stage != "diffseg"}
     with autocast(args):
-        rows = {stage: dropout_outputs(net, x, n, args.seed) for stage, net in segmenters.items()}
+        for stage, net in segmenters.items():
+            outputs[stage] = dropout_outputs(net, x, n, args.seed)
         if "diffseg" in nets:
             difference, blend = diffseg_maps(nets["diffseg"], x, n, args.seed)
-            rows["difference"] = torch.logit(difference, 1e-4)
-            rows["blend"] = torch.logit(blend, 1e-4)
-            rows["diffseg"] = torch.logit((blend * difference).sqrt(), 1e-4)  # Eq. 5 [ours]
-    return rows
+            outputs["difference"] = torch.logit(difference, 1e-4)
+            outputs["blend"] = torch.logit(blend, 1e-4)
+            outputs["diffseg"] = torch.logit((blend * difference).sqrt(), 1e-4)  # Eq. 5 [ours]
+    return outputs
 
 
 def segment(nets, thresholds, img, rows, args):
@@ -654,13 +666,14 @@ def segment(nets, thresholds, img, rows, args):
 
 
 def one_mask(margin):
-    """The one mask (B, 1, H, W) bool of N outputs' margins (B, N, H, W)."""
+    """The one mask of an image, (B, 1, H, W) bool, from the margins (B, N, H, W) of its outputs."""
     return margin.mean(1, keepdim=True) > 0
 
 
 def evaluate(nets, thresholds, split, args):
     """Metrics {row: {metric: (n,)}} of the images of a split."""
-    rows, n = {}, batch_limit(args)
+    rows = {}
+    n = batch_limit(args)
     for img, masks in zip(split.images.split(n), split.masks.split(n), strict=True):
         masks = masks.to(args.device)
         for row, margin in segment(nets, thresholds, img, ROWS, args).items():
@@ -701,10 +714,10 @@ def draw_panel(nets, thresholds, split, rows, args, path):
                 map_ = (margins[title] + thresholds[title]).sigmoid()[k].mean(0)
                 tiles[title] = data.colour_map(map_), ""
             samples = margins["diffseg"][k : k + 1] > 0
-            for n in range(0, args.outputs, (args.outputs + 2) // 3):
+            for n in range(0, args.outputs, math.ceil(args.outputs / 3)):  # up to three
                 tiles[f"output {n + 1}"] = data.colour_map(samples[0, n]), ""
             tiles["coherence"] = data.colour_map(samples[0].float().mean(0)), ""
-            tiles["ambiguity"] = data.colour_map(4 * ambiguity(samples)[0]), ""
+            tiles["ambiguity"] = data.colour_map(4 * ambiguity(samples)[0]), ""  # at most 1/4
         for row in (row for row in SHOWN if row in margins):
             mask = one_mask(margins[row][k : k + 1])
             caption = f"Dice {overlap_metrics(mask, truth)['dice'].item():.2f}"
@@ -805,24 +818,22 @@ def train(stage, c_out, draw_batch, loss_function, fingerprints, args, folder):
 # 10. Beyond the paper: the student
 # ==================================================================================================
 # On a training image, the tags tell which threshold of the map is right: the one that contradicts
-# the fewest of them. The mask at that threshold is a pseudo-label, and a plain U-Net, the student,
-# learns from these as if they were masks. It needs one network call per output, DiffSeg two.
+# the fewest of them. The mask at that threshold, corrected inside the tagged tiles, is a
+# pseudo-label. A plain U-Net, the student, is trained on these as if they were masks. It needs one
+# network call per output, DiffSeg two.
 
 
 @torch.no_grad()
-def pseudo_labels(teacher, tagged, args):
-    """Pseudo-labels of the tagged images, uint8 (N, 1, 2H, 2W).
-
-    teacher: {stage: network} of one stage; its last row in all_outputs is used.
-    """
-    size, masks = tagged.images.shape[2:], []
+def pseudo_labels(stage, net, tagged, args):
+    """Pseudo-labels of the tagged images, uint8 (N, 1, 2H, 2W), from the network of a stage."""
+    size = tagged.images.shape[2:]
+    masks = []
     parts = torch.arange(len(tagged.images)).split(batch_limit(args))
     some = max(1, args.outputs // 4)  # a quarter of the outputs is enough here
     for i in data.progress(parts, "pseudo-labels", len(parts), unit="batch"):
         tiles, tags = tagged.tiles[i].to(args.device), tagged.tags[i].to(args.device)
         img = F.avg_pool2d(tagged.images[i].float(), 2)  # (B, 3, H, W)
-        *_, logits = all_outputs(teacher, img, some, args).values()  # (B, n, H, W)
-        logits = logits.mean(1)  # (B, H, W)
+        logits = all_outputs({stage: net}, img, some, args)[stage].mean(1)  # (B, H, W)
         margin = logits - fit_threshold(logits, tiles, tags)[:, None, None]
         margin = F.interpolate(margin[:, None], size, mode="bilinear")  # (B, 1, 2H, 2W)
         lesion, healthy = tile_masks(tiles, tags, size)
@@ -843,7 +854,7 @@ def load(split, size, args, images_only=False):
 
 
 def load_if_masks(split, args):
-    """A split for validation or test, or None where there are tags and no masks."""
+    """A split for validation or test; None if it has no masks but training images have tags."""
     root_exists = os.path.isdir(args.data_root)  # if not, load() says so
     if not root_exists or data.has_masks(args.data, args.data_root, split):
         return load(split, args.size, args)
@@ -854,8 +865,8 @@ def load_if_masks(split, args):
 
 
 def load_training(args):
-    """Load the tagged training images, their masks (N, R, 2H, 2W), R = 0 if none are needed, and
-    the fingerprints of both."""
+    """Load the tagged training images, their masks (N, R, 2H, 2W), R = 0 if tags.csv is all that
+    --method needs, and the fingerprints of both."""
     tags_file = data.find_tags(args.data, args.data_root)
     size = [2 * side for side in args.size]  # tiles need detail
     train_set = load("train", size, args, images_only=tags_file is not None)
@@ -896,37 +907,37 @@ def write_tags(args):
     data.write_tags(path, train_set.folder, train_set.files, tiles, tags, TAG_NAMES)
 
 
-def train_all(tagged, masks, run):
+def train_all(tagged, masks, fingerprints, args, folder):
     """Train the networks of --method and those that they build on: {stage: (network, seconds)}.
 
-    tagged: TaggedImages. masks: of the same images, for the stage "unet" alone. run: fingerprints,
-    args, and the folder.
+    tagged: TaggedImages. masks: of the same images, for the stage "unet" alone.
     """
-    _, args, _ = run
-    wanted, trained = set(args.method), {}
+    train_stage = partial(train, fingerprints=fingerprints, args=args, folder=folder)
+    wanted = set(args.method)
+    trained = {}
     b, device = args.batch_size, args.device
     if "unet" in wanted:
         draw = partial(mask_batch, tagged.images, masks, b, device)
-        trained["unet"] = train("unet", 1, draw, mask_loss, *run)
+        trained["unet"] = train_stage("unet", 1, draw, mask_loss)
     if wanted & {"tags_unet", "tags_student"}:
         draw = partial(image_batch, tagged, b, device)
-        trained["tags_unet"] = train("tags_unet", 1, draw, tags_loss, *run)
+        trained["tags_unet"] = train_stage("tags_unet", 1, draw, tags_loss)
     if "tags_student" in wanted:
-        pseudo = pseudo_labels({"tags_unet": trained["tags_unet"][0]}, tagged, args)
+        pseudo = pseudo_labels("tags_unet", trained["tags_unet"][0], tagged, args)
         draw = partial(mask_batch, tagged.images, pseudo, b, device)
-        trained["tags_student"] = train("tags_student", 1, draw, mask_loss, *run)
+        trained["tags_student"] = train_stage("tags_student", 1, draw, mask_loss)
     if wanted & {"diffseg", "diffseg_student"}:
         draw = partial(diffseg_batch, tagged, b, device)
-        trained["diffseg"] = train("diffseg", 4, draw, diffseg_loss, *run)
+        trained["diffseg"] = train_stage("diffseg", 4, draw, diffseg_loss)
     if "diffseg_student" in wanted:
-        pseudo = pseudo_labels({"diffseg": trained["diffseg"][0]}, tagged, args)
+        pseudo = pseudo_labels("diffseg", trained["diffseg"][0], tagged, args)
         draw = partial(mask_batch, tagged.images, pseudo, b, device)
-        trained["diffseg_student"] = train("diffseg_student", 1, draw, mask_loss, *run)
+        trained["diffseg_student"] = train_stage("diffseg_student", 1, draw, mask_loss)
     return trained
 
 
 def calibrate(nets, img, choose, args):
-    """Thresholds {row: (N, 1, 1)} of networks {stage: network}: choose(logits of the images)."""
+    """Thresholds {row: (N, 1, 1)} of networks {stage: network}: choose(logits), of all images."""
     thresholds = {}
     for stage, net in nets.items():  # one at a time, to save memory
         batches = img.split(batch_limit(args))
@@ -937,16 +948,16 @@ def calibrate(nets, img, choose, args):
 
 
 def fit(test, args, folder):
-    """Train and choose thresholds and the row for --predict; writes best.pt."""
+    """Train, choose the thresholds and the row for --predict, write best.pt."""
     tagged, masks, fingerprints = load_training(args)
     val = load_if_masks("val", args)
     splits = {"val": val, "test": test}
     fingerprints |= {name: split.fingerprint for name, split in splits.items() if split}
     if not args.resume:
         data.prepare_folder(folder)
-    for last in folder.glob("last_*.pt"):  # before hours of training
+    for last in folder.glob("last_*.pt"):  # fail now if the data changed, not hours later
         data.load_checkpoint(last, METHOD, fingerprints)
-    trained = train_all(tagged, masks, (fingerprints, args, folder))
+    trained = train_all(tagged, masks, fingerprints, args, folder)
     nets = {stage: net for stage, (net, _) in trained.items()}
     if val:
         choose = partial(choose_thresholds, masks=val.masks.to(args.device))
@@ -983,7 +994,8 @@ def run(args):
     """Train and evaluate; or evaluate, predict or write tags.csv alone."""
     if args.write_tags:
         return write_tags(args)
-    folder, fingerprints = data.run_folder(METHOD, args), {}
+    folder = data.run_folder(METHOD, args)
+    fingerprints = {}
     if not args.predict:
         test = load_if_masks("test", args)
         if test:
@@ -991,13 +1003,15 @@ def run(args):
     if not (args.predict or args.eval_only):
         fit(test, args, folder)
     best = args.checkpoint or folder / "best.pt"
-    state, nets = data.load_checkpoint(best, METHOD, fingerprints), {}
-    added = args.eval_only and test and "test" not in state["fingerprints"]  # masks of test images
-    if added and data.is_drawn(args.data, args.data_root, "test"):
+    state = data.load_checkpoint(best, METHOD, fingerprints)
+    masks_added = args.eval_only and test and "test" not in state["fingerprints"]
+    if masks_added and data.is_drawn(args.data, args.data_root, "test"):
         why = "was trained on all images, also on those that are drawn for testing now"
         raise DataError(f"{best}: {why}; train again with --overwrite")
+    nets = {}
     for stage, weights in state["nets"].items():
-        nets[stage] = UNet(len(weights["head.2.bias"]), args.width).to(args.device).eval()
+        c_out = 4 if stage == "diffseg" else 1
+        nets[stage] = UNet(c_out, args.width).to(args.device).eval()
         nets[stage].load_state_dict(weights)
     if args.predict:
         row, folder = state["row"], folder / "predictions"
