@@ -54,7 +54,10 @@ SUMMARY = {
         "dice",
         [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
         [(ISIC, "diffseg_student", "student")],
-        [(ISIC, "tags_unet_crf", "tags + CRF"), (ISIC, "tags_student", "its student")],
+        [
+            (ISIC, "tags_unet_crf", "U-Net on tags + CRF"),
+            (ISIC, "tags_student", "student of U-Net on tags"),
+        ],
         [(ISIC, "unet", "all masks")],
     ),
     "PEPL": (
