@@ -7,6 +7,8 @@ A table stands between markers that give its records, relative to the repository
 another key of them than "rows", and a suffix of the rows to show:
 
     <!-- table docs/results/pepl_cub100_seed*.json key=pseudo_labels end=2100 --> ... <!-- end -->
+    <!-- compare dice rows=unet,diffseg_crf A=docs/results/a.json B=docs/results/b.json --> ...
+                                                one metric of some rows; records as named lines
     <!-- summary --> ... <!-- end -->                           README's table, from SUMMARY
 """
 
@@ -120,6 +122,18 @@ def table(files, key="rows", end=""):
     return "\n".join(lines)
 
 
+def compare(metric, rows, records):
+    """A markdown table of one metric, a line a record {name: path}, a column a row of its table."""
+    rows = rows.split(",")
+    lines = [" | ".join(["| ", *(NAMES[row] for row in rows)]) + " |"]
+    lines.append("| --- " * (len(rows) + 1) + "|")
+    for name, path in records.items():
+        values = json.loads((ROOT / path).read_text(encoding="utf-8"))["rows"]
+        cells = [f"{values[row][metric]:.3f}" if row in values else "—" for row in rows]
+        lines.append(" | ".join([f"| {name.replace('_', ' ')}", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def fill(text):
     """The text of a page with the tables between its markers made anew."""
 
@@ -130,6 +144,14 @@ def fill(text):
 
     pattern = r"<!-- table (\S+)(?: key=(\S+))?(?: end=(\S+))? -->\n.*?<!-- end -->"
     text = re.sub(pattern, from_records, text, flags=re.DOTALL)
+
+    def from_names(match):
+        records = dict(item.split("=") for item in match[3].split())
+        made = compare(match[1], match[2], records)
+        return f"{match[0].splitlines()[0]}\n{made}\n<!-- end -->"
+
+    pattern = r"<!-- compare (\S+) rows=(\S+) (.+?) -->\n.*?<!-- end -->"
+    text = re.sub(pattern, from_names, text, flags=re.DOTALL)
     made = f"<!-- summary -->\n{summary()}\n<!-- end -->" if "<!-- summary -->" in text else ""
     return re.sub(r"<!-- summary -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
