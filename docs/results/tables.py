@@ -57,8 +57,8 @@ SUMMARY = {
         [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
         [(ISIC, "diffseg_student", "student")],
         [
-            (ISIC, "tags_unet_crf", "U-Net on tags + CRF"),
-            (ISIC, "tags_student", "student of U-Net on tags"),
+            (ISIC, "tags_unet_crf", "control + CRF"),
+            (ISIC, "tags_student", "control's student"),
         ],
         [(ISIC, "unet", "all masks")],
     ),
