@@ -54,10 +54,10 @@ ISIC, BIRDS, EXEMPLARS = "diffseg_isic2018_seed*", "pepl_cub100_seed*", "caudo_d
 SUMMARY = {
     "DiffSeg": (
         "dice",
-        [(ISIC, "diffseg_crf", "DiffSeg + CRF")],
+        [(ISIC, "diffseg_crf", "with CRF")],
         [(ISIC, "diffseg_student", "student")],
         [
-            (ISIC, "tags_unet_crf", "control + CRF"),
+            (ISIC, "tags_unet_crf", "control with CRF"),
             (ISIC, "tags_student", "control's student"),
         ],
         [(ISIC, "unet", "all masks")],
