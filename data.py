@@ -961,36 +961,20 @@ def _cub200(root, split):
 # ==================================================================================================
 
 
-def label_split(labels, fraction=None, per_class=None, seed=0, classes=None):
-    """Choose the labelled images, stratified: (labelled, unlabelled), sorted int64 indices.
+def label_split(labels, per_class, seed=0):
+    """Choose the labelled images: (labelled, unlabelled), sorted int64 indices.
 
     labels: (N,) int64. If some are -1, those images are unlabelled and all others are labelled.
-    Otherwise choose a fraction in (0, 1] of all images, at least one per class, or `per_class`
-    images of each class. classes: names for errors. Raises DataError if a class has too few images.
+    Otherwise `per_class` random images of each class are labelled, or all if it has fewer.
     """
-    if (labels < 0).any():
-        return (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
-    counts = labels.bincount()
-    if per_class:
-        take = per_class * (counts > 0)
-    else:  # largest-remainder rounding
-        share = fraction * counts.double()
-        take = torch.maximum(share.long(), (counts > 0).long())
-        missing = max(0, round(fraction * len(labels)) - int(take.sum()))
-        take[(share - take).argsort(descending=True, stable=True)[:missing]] += 1
-    raise_errors(
-        [
-            f"class {name!r} has {has} training images, not {needs}: label fewer, or add images"
-            for name, has, needs in zip(classes or range(len(counts)), counts, take, strict=True)
-            if has < needs
-        ]
-    )
-    generator = torch.Generator().manual_seed(seed)
-    labelled = torch.zeros(len(labels), dtype=torch.bool)
-    for c in counts.nonzero()[:, 0].tolist():
-        members = (labels == c).nonzero()[:, 0]
-        chosen = torch.randperm(len(members), generator=generator)[: take[c]]
-        labelled[members[chosen]] = True
+    labelled = labels >= 0
+    if labelled.all():
+        generator = torch.Generator().manual_seed(seed)
+        labelled = torch.zeros_like(labelled)
+        for c in labels.unique():
+            members = (labels == c).nonzero()[:, 0]
+            chosen = torch.randperm(len(members), generator=generator)[:per_class]
+            labelled[members[chosen]] = True
     return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
 
 

@@ -1,47 +1,37 @@
-"""PEPL: semi-supervised fine-grained classification with CAM-refined pseudo-labels.
+"""PEPL: semi-supervised fine-grained classification by pseudo-labels and semantic mixing.
 
-Paper: PEPL, https://arxiv.org/abs/2409.03192. The idea: each image shows one class,
-a few are labelled with theirs; the network labels the others itself (here with their neighbours'
-help, D11) and learns from the labels it is sure of. First (phase I) as they are; later (phase II)
-also with a box of one image pasted into another: each of the two labels weighs as much as the class
-activation map says of its object is still to be seen, so that the details count on which
-fine-grained classes differ.
+Paper: PEPL, https://arxiv.org/abs/2409.03192 (ICASSP 2025), whose code is not public. The classes
+differ only in details, such as the colour of a bill. Every image shows one class; a few images are
+labelled. Phase I: the network labels the other images itself (pseudo-labels) and learns from those
+it is confident of. Phase II: it also learns from mixes, where a box of one image is pasted into
+another. A class activation map (CAM) says how much each part of an image counts for its class, and
+the label of each image weighs as much as the share of its map that is visible in the mix.
 
-    all images -------------------> EMA net --> q, spread among neighbours --> class y of each
-    image a ----------------weak--> EMA net --> map S_a of class y_a; S_b likewise
-    image a --------------strong--> net --> Q   CE(Q, y_a) if y_a is sure enough
-    a, a box of b in it --strong--> net --> Q'  rho_a CE(Q', y_a) + rho_b CE(Q', y_b)
-    rho_a: share of S_a outside the box in a; rho_b: share of S_b in the box that is cut from b
+    unlabelled image --weak view---> EMA network --> pseudo-label y, kept if confident; map S
+                     --strong view-> network -----> CE(Q, y)                            phase I
+    a, a box of b in it ----strong-> network -----> rho_a CE(Q, y_a) + rho_b CE(Q, y_b)  phase II
+    rho_a: share of S_a outside the box in a; rho_b: share of S_b inside the box cut from b
 
     python pepl.py                                        synthetic birds on a CPU, minutes
     python pepl.py --data folder --data-root mine --labels-per-class 4 --pretrained
     python pepl.py --predict photo.jpg --checkpoint out/pepl/mine/seed0/best.pt
 
-mine/ holds <train|test>/<class>/* and perhaps unlabelled/*; without that, --labels hides labels of
-train. docs/pepl.md has the results and a command for a GPU.
+mine/ holds <train|test>/<class>/* and perhaps unlabelled/*. Without unlabelled/, the labels of all
+training images but a few are hidden. docs/pepl.md has the results and a command for a GPU.
 
-Deviations from the paper (D), whose code is not public:
-D1  Pseudo-labels and maps come from the EMA network: steadier than the network itself.
-D2  First the mix, then the strong augmentation: map and picture agree, whatever turns the picture.
-D3  Training starts on the labelled images alone (--warm-up): the first pseudo-labels are chance.
-D4  Eqs. 3 and 4 start at means over some 512 unlabelled images, not at 1/C, which would keep
-    every label for long; beta = 0.99, as training is short.
-D5  q gets the labelled images' class shares [ReMixMatch], for FixMatch too. They are then p in
-    Eq. 5: with as many labels of each class all classes have the global threshold.
-D6  Images that are not kept count as 0 in the mean of Eq. 7 and are left out of batch and mixing.
-D7  FreeMatch is phase I for ever, with neither neighbours nor its fairness term; unmixed is PEPL's
-    phase I for ever; CutMix has areas for semantic shares.
-D8  No checkpoint is selected: the EMA weights of the last step count, for every method.
-D9  Labelled images are augmented as strongly as the others.
-D10 Phase II sees an image in two views, the second mixed for --mix-share of the images: from the
-    mixes alone pretrained networks learned less.
-D11 With --pretrained, what the network says of all images, and the true labels, spread among images
-    of like features (our Eq. 9), anew after every twentieth of the steps. Not for FixMatch and
-    FreeMatch, nor from scratch, where features know too little: labels come from a weak view.
+Deviations from the paper (D):
+D1  Pseudo-labels and maps come from an exponential moving average (EMA) of the network.
+D2  The weak views are mixed, and the mix is then strongly augmented: rho ignores what the
+    augmentation hides or moves out of the picture.
+D3  Training starts on the labelled images alone: at first, pseudo-labels are chance. Both phases
+    start after that, in each step: half of the images that are kept are mixed with each other.
+D4  Eqs. 1 and 2 start as plain means, not at 1/C, which would keep every pseudo-label for long.
+D5  Images that are not kept count as 0 in the mean of Eq. 7.
+D6  FreeMatch is PEPL without mixing, and here without its fairness term. CutMix is PEPL with areas
+    in place of shares of the maps.
 """
 
 import copy
-import csv
 import math
 import os
 import time
@@ -60,15 +50,34 @@ from torchvision.models.resnet import BasicBlock
 import data
 from data import DataError, number, whole
 
+
+class Method(NamedTuple):
+    """What a method uses besides the labelled images."""
+
+    pseudo_labels: bool = True
+    adaptive: bool = True  # the thresholds of Eqs. 1-3, not FixMatch's fixed one
+    mixing: bool = False
+    semantic: bool = False  # the labels of a mix are weighted by CAMs, not by areas
+    propagation: bool = False  # the pseudo-labels come from label propagation
+
+
+# "Eq. n": our numbering, as in docs/pepl.md. [paper]: from the paper. [ours]: added.
 METHOD = "pepl"
-METHODS = ["supervised", "fixmatch", "freematch", "unmixed", "cutmix", "pepl"]
+METHODS = {
+    "supervised": Method(pseudo_labels=False),
+    "fixmatch": Method(adaptive=False),
+    "freematch": Method(),
+    "cutmix": Method(mixing=True),
+    "pepl": Method(mixing=True, semantic=True),
+    "freematch_propagation": Method(propagation=True),
+    "pepl_propagation": Method(mixing=True, semantic=True, propagation=True),
+}
+TAU = 0.95  # FixMatch's threshold
+BETA = 0.99  # weight of the old values in Eqs. 1 and 2
+EMA = 0.995  # weight of the old values in the EMA network
+NEIGHBOURS = 8  # in label propagation
 NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
 NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
-SHARES = ["accuracy", "accuracy of kept", "share kept"]  # of pseudo-labels, for the log
-MIXING = ["cutmix", "pepl"]  # the methods that have a phase II
-NEIGHBOURS = ["unmixed", *MIXING]  # those that ask the neighbours of an image
-BETA, EMA = 0.99, 0.995  # what thresholds and the EMA network keep of themselves at a step
-TAU = 0.95  # FixMatch's fixed threshold
 
 # ==================================================================================================
 # 1. Command line
@@ -76,13 +85,13 @@ TAU = 0.95  # FixMatch's fixed threshold
 
 
 def parse_args(argv=None):
-    """Flags; the defaults follow --arch, --pretrained and --quick, or a checkpoint's flags."""
+    """Parse and check the command line."""
     p = data.make_parser("pepl.py", __doc__)
-    add, share = p.add_argument, number(0, 1)
+    add = p.add_argument
     add("--data", default="synthetic", choices=["synthetic", "folder", "cub200"], help="data set")
     size = "network input: N or WIDTHxHEIGHT, pixels; by default 48 with --arch tiny, else 112"
     add("--size", type=data.parse_size, help=size)
-    steps = "training steps of each method; by default 1200, with --pretrained 2100"
+    steps = "training steps of each method; by default 1200, with --pretrained 1050"
     add("--steps", type=whole(1), help=steps)
     batch = "labelled images in a training step; by default 32 with --arch tiny, else 16"
     add("--batch-size", type=whole(2), help=batch)
@@ -91,59 +100,144 @@ def parse_args(argv=None):
     add("--lr", type=number(1e-9, 10), help=lr)
     lr = "that of all other layers; by default 0.01 with --pretrained, else the default of --lr"
     add("--lr-backbone", type=number(1e-9, 10), help=lr)
-    add("--labels", type=number(1e-6, 1), default=0.1, help="share of the images that is labelled")
-    add("--labels-per-class", type=whole(1), help="instead: labelled images of each class")
+    labels = "labelled images of each class; by default 4, on synthetic images 6"
+    add("--labels-per-class", type=whole(1), help=labels)
     default = ["supervised", "freematch", "pepl"]
     add("--method", nargs="+", default=default, choices=METHODS, help="train and compare these")
     arch = "tiny, efficientnet_lite0 (default with --pretrained), or of torchvision: resnet50 ..."
     add("--arch", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
-    freeze = "K freezes the stem and K stages, 0 nothing; by default 0, with --pretrained 5 for an "
-    freeze += "EfficientNet and 3 for a ResNet"
+    freeze = "K freezes the stem and K stages, 0 nothing; by default 0, with --pretrained 3 for an "
+    freeze += "EfficientNet and 2 for a ResNet"
     add("--freeze", type=whole(0), help=freeze)
-    add("--stride", type=int, default=16, choices=[16, 32], help="px a cell of the maps; tiny: 6")
-    add("--warm-up", type=share, default=0.4, help="share of steps on labelled images alone")
-    neighbours = "nearest neighbours in label propagation; by default 8 with --pretrained, else 0"
-    add("--neighbours", type=whole(0), help=neighbours)
-    add("--mix-start", type=share, default=0.6, help="share of steps before mixing starts")
-    add("--mix-share", type=share, default=0.5, help="share of second views that are then mixed")
+    start = "share of the steps before unlabelled images are used"
+    add("--unlabelled-start", type=number(0, 1), default=0.3, help=start)
     args = p.parse_args(argv)
     args.arch = args.arch or ("efficientnet_lite0" if args.pretrained else "tiny")
-    p.set_defaults(arch=args.arch, steps=1200, freeze=0, neighbours=0)
+    p.set_defaults(arch=args.arch, steps=1200, freeze=0)
+    p.set_defaults(labels_per_class=6 if args.data == "synthetic" else 4)
     if args.arch == "tiny":
         p.set_defaults(size="48", batch_size=32, lr=0.05, lr_backbone=0.05)
     else:
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
-    if args.pretrained:  # chosen on training images of 100 species of CUB
-        stages = 5 if args.arch.startswith("eff") else 3  # all before the last that halves
-        p.set_defaults(steps=2100, lr_backbone=0.01, freeze=stages, neighbours=8)
+    if args.pretrained:
+        stages = 3 if args.arch.startswith("eff") else 2  # up to 1/8 of the input's resolution
+        p.set_defaults(steps=1050, lr_backbone=0.01, freeze=stages)
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, save_every=2)
     args = data.parse_flags(p, argv, METHOD)
     if args.pretrained and args.arch == "tiny":
-        p.error("--pretrained: tiny has no ImageNet weights; take --arch efficientnet_lite0")
+        p.error("--pretrained: tiny has no ImageNet weights; use --arch efficientnet_lite0")
     return args
 
 
 # ==================================================================================================
-# 2. The method's mathematics: pure functions on tensors ([G]: given by the paper)
+# 2. Views of an image
+# ==================================================================================================
+# A pseudo-label is predicted on a weak view of an image, which is hardly changed, and learned on a
+# strong view, which is changed much.
+
+
+def uniform(n, x):
+    """n random numbers in [-1, 1] for each image of x, (n, B, 1, 1, 1), on the device of x.
+
+    They are drawn on the CPU, so that a run repeats them on any device.
+    """
+    return (2 * torch.rand(n, len(x), 1, 1, 1) - 1).to(x.device)
+
+
+def warp(x, rows, size):
+    """Sample x (B, C, H0, W0) at size (H, W), mirrored beyond its edges.
+
+    rows: the six entries of a 2 x 3 affine matrix, each (B, 1, 1, 1) or a number, which maps
+    output to input coordinates in [-1, 1].
+    """
+    theta = torch.stack([torch.zeros_like(rows[0]) + r for r in rows], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, (*x.shape[:2], *size), align_corners=False)  # (B, H, W, 2)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def weak_augment(images, size):
+    """Randomly crop and mirror uint8 (B, 3, H0, W0): float (B, 3, H, W) in [0, 1]."""
+    mirror, right, down, closer = uniform(4, images)
+    side = size[0] / images.shape[2] * (1 - 0.1 * closer.abs())  # of the crop; at most 7/8
+    width = torch.where(mirror < 0, -side, side)
+    rows = [width, 0, right * (1 - side), 0, side, down * (1 - side)]
+    return warp(images.float() / 255, rows, size)
+
+
+def strong_augment(x):
+    """Change x (B, 3, H, W) in [0, 1] much, each image differently, in the way of RandAugment.
+
+    A random affine warp, then five changes, each of a random half of the images: contrast and
+    brightness, saturation, number of levels, blur or sharpening, cutout.
+    """
+    h, w = x.shape[2:]
+    turn, zoom, shear, right, down = uniform(5, x)
+    turn = 0.4 * turn  # up to 23 degrees
+    cos, sin = turn.cos() * torch.exp(0.2 * zoom), turn.sin() * torch.exp(0.2 * zoom)
+    upper = [cos, (0.2 * shear - sin) * (h / w), 0.2 * right]
+    x = warp(x, [*upper, sin * (w / h), cos, 0.2 * down], (h, w))
+
+    changed = uniform(5, x) > 0  # (5, B, 1, 1, 1)
+    contrast, light, saturation, levels, sharpness, column, row = uniform(7, x)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = torch.where(changed[0], mean + (x - mean) * (1 + 0.5 * contrast) + 0.2 * light, x)
+    grey = x.mean(1, keepdim=True)
+    x = torch.where(changed[1], grey + (x - grey) * (1 + 0.5 * saturation), x).clamp(0, 1)
+    levels = (10 + 6 * levels).round()
+    x = torch.where(changed[2], (x * levels).round() / levels, x)
+    blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    x = torch.where(changed[3], (x + sharpness * (x - blurred)).clamp(0, 1), x)
+    columns, rows = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
+    hole = ((columns - column).abs() < 0.35) & ((rows[:, None] - row).abs() < 0.35)
+    return torch.where(changed[4] & hole, torch.full_like(x, 0.5), x)  # a third of the side
+
+
+# ==================================================================================================
+# 3. Pseudo-labels and their thresholds
+# ==================================================================================================
+# q: the probabilities of the EMA network on weak views. A pseudo-label is the most probable class;
+# it is kept if its probability reaches the threshold of that class.
+
+
+def update_thresholds(tau, p, q, beta):
+    """Update the global threshold tau () and the class expectation p (C,) with q (B, C).
+
+    beta in [0, 1) is the weight of the old values.
+    """
+    tau = beta * tau + (1 - beta) * q.amax(1).mean()  # Eq. 1 [paper]
+    p = beta * p + (1 - beta) * q.mean(0)  # Eq. 2 [paper]
+    return tau, p
+
+
+def class_thresholds(tau, p):
+    """The threshold of each class, (C,); the most expected class has the global one."""
+    return tau * p / p.max()  # Eq. 3 [paper]
+
+
+def pseudo_label(q, thresholds):
+    """Pseudo-labels (B,) int64 from q (B, C), and which of them to keep, (B,) bool."""
+    confidence, y = q.max(1)
+    return y, confidence >= thresholds[y]
+
+
+# ==================================================================================================
+# 4. Class activation maps and semantic mixing
 # ==================================================================================================
 
 
-class Target(NamedTuple):
-    """The two classes of each image and how much of each is visible."""
-
-    y_a: torch.Tensor  # (B,) int64
-    y_b: torch.Tensor
-    rho_a: torch.Tensor  # (B,) float
-    rho_b: torch.Tensor
-
-
 def cam(features, weight, y, size):
-    """Class activation maps (B, H, W) of classes y (B,): features (B, K, h, w), weight (C, K)."""
-    maps = torch.einsum("bkhw,bk->bhw", F.relu(features.float()), weight[y].float())  # Eq. 1 [G]
-    # Strided convolutions centre cell i on pixel stride * i. Enlarged as usual, a map would lie
-    # half a cell, less half a pixel, too far right and down.
+    """Class activation maps, (B, H, W), of the classes y (B,).
+
+    features: (B, K, h, w), before global average pooling. weight: (C, K), of the linear layer.
+    size: (H, W), of the image.
+    """
+    maps = torch.einsum(
+        "bkhw,bk->bhw", F.relu(features.float()), weight[y].float()
+    )  # Eq. 4 [paper]
+    # The centre of cell i of a strided convolution is pixel stride * i. F.interpolate would put it
+    # half a cell, less half a pixel, further right and down.
     shift = [1 / cells - 1 / pixels for cells, pixels in zip(maps.shape[1:], size, strict=True)]
     theta = torch.tensor([[1, 0, shift[1]], [0, 1, shift[0]]], device=maps.device)
     grid = F.affine_grid(theta.expand(len(y), 2, 3), (len(y), 1, *size), align_corners=False)
@@ -151,50 +245,19 @@ def cam(features, weight, y, size):
 
 
 def percent_map(maps):
-    """Semantic percent map S of maps (B, H, W): not negative, each image's sum is 1."""
+    """Semantic percent maps of CAMs (B, H, W): not negative, with a sum of 1 in each image."""
     maps = maps - maps.amin((1, 2), keepdim=True) + 1e-12  # a constant map becomes uniform
-    return maps / maps.sum((1, 2), keepdim=True)  # Eq. 2 [G]
-
-
-def update_thresholds(tau, p, q, beta):
-    """One step of the global threshold tau () and the class expectation p (C,), from q (B, C)."""
-    tau = beta * tau + (1 - beta) * q.amax(1).mean()  # Eq. 3 [G]
-    return tau, beta * p + (1 - beta) * q.mean(0)  # Eq. 4 [G]
-
-
-def class_thresholds(tau, p):
-    """The threshold of each class, (C,): the class expected most has the global one."""
-    return tau * p / p.max()  # Eq. 5 [G]
-
-
-def align(q, p, prior):
-    """Distribution alignment [ReMixMatch]: q (B, C) of mean p (C,) gets the mean prior (C,)."""
-    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0, without a labelled image
-    return q / q.sum(1, keepdim=True)
-
-
-def propagate(q, features, k, own=0.1, times=10):
-    """What each image and its k nearest say together, (N, C): label propagation, as [Iscen 2019].
-
-    q (N, C): what is said of each image by itself. features (N, K): pooled, not negative.
-    """
-    z = features.sqrt()  # no single strong feature decides who is near
-    z = F.normalize(z - z.mean(0), dim=1)
-    k = min(k, len(z) - 1)
-    near = torch.cat([(z_b @ z.T).topk(k + 1).indices[:, 1:] for z_b in z.split(1024)])  # (N, k)
-    together = q
-    for _ in range(times):
-        together = own * q + (1 - own) * together[near].mean(1)  # Eq. 9, ours
-    return together
+    return maps / maps.sum((1, 2), keepdim=True)  # Eq. 5 [paper]
 
 
 def random_boxes(b, size, alpha=5.0):
-    """b boxes (b, 4) = left, top, right, bottom in whole pixels, clipped to the image."""
-    lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))  # ours: alpha; 0.2 to 0.8, mostly
+    """b random boxes (b, 4) in an image of size (H, W): left, top, right, bottom, whole pixels."""
+    lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))  # mostly 0.2 to 0.8 [ours: alpha]
     side = torch.tensor([size[1], size[0]])  # (W, H)
-    half, centre = (1 - lam).sqrt() * side / 2, torch.rand(b, 2) * side  # Eq. 6 [G]
-    boxes = torch.cat([centre - half, centre + half], 1).round().long()
-    return boxes.clamp(min=0).minimum(side.repeat(2))
+    half, centre = (1 - lam).sqrt() * side / 2, torch.rand(b, 2) * side  # Eq. 6 [paper]
+    low = (centre - half).round().clamp(min=0).minimum(side - 1)  # at least one pixel
+    high = (centre + half).round().minimum(side).maximum(low + 1)
+    return torch.cat([low, high], 1).long()
 
 
 def box_mask(boxes, size):
@@ -204,56 +267,55 @@ def box_mask(boxes, size):
     return (x >= left) & (x < right) & (y[:, None] >= top) & (y[:, None] < bottom)
 
 
-def semantic_mix(x, maps, partner, box1, box2):
-    """Paste box2 of the partner's image, resized, into box1 of each image.
+def semantic_mix(x, maps, partner, box_a, box_b):
+    """Paste box_b of each image's partner, resized, into box_a of the image.
 
-    x (B, 3, H, W), percent maps (B, H, W), partner (B,) int64, boxes (B, 4) in pixels. Returns the
-    mix, rho_a and rho_b (B,): how much of either object is visible. They need not sum to one.
+    x: (B, 3, H, W). maps: percent maps (B, H, W). partner: (B,) int64. Boxes: (B, 4), see
+    random_boxes. Returns the mixed images and how much is visible in them of each image and of its
+    partner, rho_a and rho_b (B,) in [0, 1], which need not sum to 1.
     """
     h, w = x.shape[2:]
-    inside1, inside2 = box_mask(box1, (h, w)), box_mask(box2, (h, w))
-    both = inside1.any((1, 2), True) & inside2.any((1, 2), True)  # an empty box: nothing is pasted
-    inside1, inside2 = inside1 & both, inside2 & both
-    # Where in box2 does a pixel of box1 lie? In grid_sample's coordinates, from -1 to 1.
+    # An affine map takes box_a to box_b, in the coordinates of grid_sample, -1 to 1.
     sides = torch.tensor([w, h, w, h], device=x.device)
-    low1, high1 = (2 * box1 / sides - 1).chunk(2, 1)  # (B, 2) each: (left, top), (right, bottom)
-    low2, high2 = (2 * box2 / sides - 1).chunk(2, 1)
-    scale = (high2 - low2) / (high1 - low1).clamp(min=1e-6)
-    shift = low2 - scale * low1
+    low_a, high_a = (2 * box_a / sides - 1).chunk(2, 1)  # (B, 2) each: (left, top), (right, bottom)
+    low_b, high_b = (2 * box_b / sides - 1).chunk(2, 1)
+    scale = (high_b - low_b) / (high_a - low_a)
+    shift = low_b - scale * low_a
     theta = torch.cat([torch.diag_embed(scale), shift[..., None]], 2)  # (B, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, H, W, 2)
     pasted = F.grid_sample(x[partner], grid, padding_mode="border", align_corners=False)
-    rho_a = 1 - (maps * inside1).sum((1, 2))  # Eq. 6 [G]
-    rho_b = (maps[partner] * inside2).sum((1, 2))
-    return torch.where(inside1[:, None], pasted, x), rho_a, rho_b
-
-
-def hybrid_loss(logits, target, n):
-    """Hybrid semantic loss of logits (B, C): a mean over n views, those not kept count as 0."""
-    loss = target.rho_a * F.cross_entropy(logits, target.y_a, reduction="none")
-    loss = loss + target.rho_b * F.cross_entropy(logits, target.y_b, reduction="none")
-    return loss.sum() / n  # Eq. 7 [G]
+    inside_a, inside_b = box_mask(box_a, (h, w)), box_mask(box_b, (h, w))
+    rho_a = 1 - (maps * inside_a).sum((1, 2))  # Eq. 6 [paper]
+    rho_b = (maps[partner] * inside_b).sum((1, 2))
+    return torch.where(inside_a[:, None], pasted, x), rho_a, rho_b
 
 
 # ==================================================================================================
-# 3. Model
+# 5. Loss
 # ==================================================================================================
 
 
-class Depthwise(nn.Conv2d):
-    """A depthwise convolution in float32: on CPUs its gradient is four times slower in bf16."""
+def hybrid_loss(logits, y_a, y_b, rho_a, rho_b):
+    """Hybrid semantic loss, (B,), of logits (B, C).
 
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+    y_a, y_b: classes (B,). rho_a, rho_b: their weights (B,).
+    """
+    loss_a = F.cross_entropy(logits, y_a, reduction="none")  # (B,)
+    loss_b = F.cross_entropy(logits, y_b, reduction="none")
+    return rho_a * loss_a + rho_b * loss_b  # Eq. 7 [paper]
+
+
+# ==================================================================================================
+# 6. Network
+# ==================================================================================================
 
 
 def make_backbone(arch, pretrained):
     """The stem and the stages of a network, as nn.Sequential, and the width K of its features.
 
-    Raises DataError if its ImageNet weights cannot be had.
+    Raises DataError if its ImageNet weights cannot be loaded.
     """
-    if arch == "tiny":  # features of a sixth of the input's side
+    if arch == "tiny":  # the side of its feature map is a sixth of the input's
         stem = nn.Sequential(nn.Conv2d(3, 32, 5, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
         stages = [stem, BasicBlock(32, 32), BasicBlock(32, 64, stride=2)]
         stages[2].downsample = nn.Conv2d(32, 64, 1, 2)
@@ -264,7 +326,7 @@ def make_backbone(arch, pretrained):
         return data.efficientnet_lite0(pretrained).features, 1280
     try:
         net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except Exception as error:  # of urllib, of the hash check, of the file: all kinds
+    except Exception as error:  # of the download, the hash check or the file: of any type
         why = f"{arch}: ImageNet weights could not be loaded ({error})"
         raise DataError(f"{why}; check the network or leave --pretrained out") from error
     if isinstance(net, EfficientNet):
@@ -276,41 +338,39 @@ def make_backbone(arch, pretrained):
 class Classifier(nn.Module):
     """Backbone, global average pooling and one linear layer, as CAMs need it.
 
-    x (B, 3, H, W) in [0, 1] -> logits (B, C) float32 and features (B, K, h, w).
+    x (B, 3, H, W) in [0, 1] -> logits (B, C) float32 and features (B, K, h, w). freeze: number of
+    stages that are frozen, with the stem; 0 freezes nothing.
     """
 
-    def __init__(self, args, n_classes, pretrained=False):
+    def __init__(self, arch, freeze, n_classes, pretrained=False):
         super().__init__()
-        self.backbone, width = make_backbone(args.arch, pretrained)
+        self.backbone, width = make_backbone(arch, pretrained)
         self.head = nn.Linear(width, n_classes)
-        self.frozen = args.freeze + 1 if args.freeze else 0
-        self.backbone[: self.frozen].requires_grad_(False)
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
-        if args.arch == "efficientnet_lite0":
+        self.n_frozen = freeze + 1 if freeze else 0
+        self.backbone[: self.n_frozen].requires_grad_(False)
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+        if arch == "efficientnet_lite0":
             mean, std = [0.5] * 3, [0.5] * 3
-        self.normalise = torchvision.transforms.Normalize(mean, std)
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels:
-                module.__class__ = Depthwise
-        if args.stride == 16:  # maps of four times as many cells
-            last = self.backbone[:7][-1]  # the last to halve: a ResNet's 5th, an EfficientNet's 7th
-            for module in last.modules():
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        if arch != "tiny":
+            last = 4 if len(self.backbone) == 5 else 6  # last stage with a stride; 5: a ResNet
+            for module in self.backbone[last].modules():
                 if getattr(module, "stride", None) == (2, 2):
-                    module.stride = (1, 1)
+                    module.stride = (1, 1)  # maps have four times as many cells
 
     def train(self, mode=True):
         super().train(mode)
-        self.backbone[: self.frozen].eval()  # batch norm keeps ImageNet's means
+        self.backbone[: self.n_frozen].eval()  # batch norm keeps the statistics of ImageNet
         return self
 
     def forward(self, x):
-        x = self.normalise(x).contiguous(memory_format=torch.channels_last)
-        features = self.backbone(x)  # (B, K, h, w)
+        features = self.backbone((x - self.mean) / self.std)  # (B, K, h, w)
         return self.head(features.mean((2, 3))).float(), features
 
 
 # ==================================================================================================
-# 4. Inference and figures
+# 7. Training
 # ==================================================================================================
 
 
@@ -319,181 +379,21 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp == "on")
 
 
-def stored_size(args):
-    """Images are kept at 8/7 of --size, of which crops are cut."""
-    return tuple(round(n * 8 / 7) for n in args.size)
+def learning_rate(step, steps):
+    """Share of the peak rate at a step: a linear warm-up over a tenth of the steps, at most 100,
+    then FixMatch's cosine, which ends at a fifth."""
+    warm_up = min(100, max(1, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return math.cos(7 / 16 * math.pi * (step - warm_up) / max(1, steps - warm_up))
 
 
-@torch.no_grad()
-def look(net, x, args):
-    """Probabilities (B, C) and features (B, K, h, w) of x (B, 3, H, W) in [0, 1]."""
-    with autocast(args):
-        logits, features = net(x)
-    return logits.softmax(1), features
-
-
-def describe(net, images, args):
-    """Probabilities (N, C) and pooled features (N, K) of the middle of uint8 (N, 3, H0, W0)."""
-    top, left = ((n - m) // 2 for n, m in zip(images.shape[2:], args.size, strict=True))
-    images = images[:, :, top : top + args.size[0], left : left + args.size[1]]  # (N, 3, H, W)
-    batches = (look(net, x.to(args.device).float() / 255, args) for x in images.split(128))
-    pairs = [(q, F.relu(features.float()).mean((2, 3))) for q, features in batches]
-    return tuple(map(torch.cat, zip(*pairs, strict=True)))
-
-
-def classify(net, images, args):
-    """Probabilities (N, C), on the CPU, of the middle of uint8 images (N, 3, H0, W0)."""
-    return describe(net, images, args)[0].cpu()
-
-
-@torch.no_grad()
-def class_maps(net, images, y, args):
-    """CAMs (B, H, W), on the CPU, of classes y (B,) in whole images uint8 (B, 3, H, W)."""
-    _, features = look(net, images.to(args.device).float() / 255, args)
-    return cam(features, net.head.weight, y.to(args.device), images.shape[2:]).cpu()
-
-
-def overlay(img, heat):
-    """Lay a map (H, W), whatever its range, over an image uint8 (3, H, W): uint8 (H, W, 3)."""
-    low, high = heat.aminmax()
-    colours = data.colour_map((heat - low) / (high - low).clamp(min=1e-12))
-    return (0.45 * img.permute(1, 2, 0).numpy() + 0.55 * colours).astype("uint8")
-
-
-def classify_photo(photo, net, classes, args):
-    """Classify a photo: the CAM laid over it, the predicted class and all probabilities."""
-    probs = classify(net, photo.small[None], args)  # (1, C)
-    maps = class_maps(net, photo.small[None], probs.argmax(1), args)
-    findings = {"prediction": classes[probs.argmax()]}
-    for name, p in zip(classes, probs[0].tolist(), strict=True):
-        findings[f"probability of {name}"] = f"{p:.6f}"
-    return {"cam": overlay(photo.img, data.enlarge(maps, photo)[0])}, findings
-
-
-def predict(args):
-    """Classify the files of --predict by the last method of --method."""
-    folder = data.run_folder(METHOD, args)
-    best, predictions = args.checkpoint or folder / "best.pt", folder / "predictions"
-    state = data.load_checkpoint(best, METHOD)
-    method, classes = args.method[-1], state["classes"]
-    net = Classifier(args, len(classes)).to(args.device).eval()
-    net.load_state_dict(state["nets"][method])
-    print(f"The predictions of {method} go to {predictions}")
-    classify_one = partial(classify_photo, net=net, classes=classes, args=args)
-    data.predict_images(args.predict, stored_size(args), predictions, best, classify_one)
-
-
-def draw_mixes(net, test, guess, args, figure, n=4):
-    """Draw semantic mixes: image a, its map and box; image b, its map and box; the mix.
-
-    guess (N,): predicted classes. The a are right and the b wrong, if there are such.
-    """
-    torch.manual_seed(args.seed)
-    order = torch.randperm(len(guess))
-    order = order[(guess != test.labels)[order].int().argsort(stable=True)]  # the right ones first
-    pick = torch.cat([order[:n], order[-n:]])  # all a, then all b
-    n, images, size = len(pick) // 2, test.images[pick], test.images.shape[2:]
-    box1, box2 = (random_boxes(2 * n, size) for _ in range(2))
-    maps, partner = class_maps(net, images, guess[pick], args), torch.arange(2 * n).roll(n)
-    mix, rho_a, rho_b = semantic_mix(images.float() / 255, percent_map(maps), partner, box1, box2)
-    boxes = box_mask(torch.cat([box1[:n], box2[:n]]), size)
-    tiles = []
-    for i, img, heat, box in zip(pick, images, maps, boxes, strict=True):
-        true, said = test.classes[test.labels[i]], test.classes[guess[i]]
-        boxed = data.outline(overlay(img, heat), box)
-        tiles.append([(img.permute(1, 2, 0).numpy(), f"is {true}"), (boxed, f"says {said}")])
-    rows = []
-    for k in range(n):
-        mixed = (mix[k] * 255).byte().permute(1, 2, 0).numpy()
-        caption = f"{rho_a[k]:.2f} a + {rho_b[k]:.2f} b"
-        rows.append(("", [*tiles[k], *tiles[k + n], (mixed, caption)]))
-    data.draw_sheet(["image a", "its map, a box", "image b", "its map, a box", "mix"], rows, figure)
-
-
-# ==================================================================================================
-# 5. Batches and training
-# ==================================================================================================
-
-
-def uniform(n, x):
-    """Random (n, B, 1, 1, 1) in [-1, 1], drawn on the CPU: a resumed run repeats it anywhere."""
-    return (2 * torch.rand(n, len(x), 1, 1, 1) - 1).to(x.device)
-
-
-def warp(x, rows, size):
-    """Sample x (B, 3, H0, W0) at size (H, W); rows: six affine coefficients, (B, 1, 1, 1) or 0."""
-    theta = torch.stack([torch.zeros_like(rows[0]) + r for r in rows], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, (len(x), 3, *size), align_corners=False)  # (B, H, W, 2)
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-
-
-def weak_augment(images, size):
-    """Random crop, scale and flip: uint8 (B, 3, H0, W0) -> float (B, 3, H, W) in [0, 1]."""
-    flip, right, down, closer = uniform(4, images)
-    part = size[0] / images.shape[2] * (1 - 0.1 * closer.abs())  # of the image's side, up to 7/8
-    across, right, down = torch.where(flip < 0, -part, part), right * (1 - part), down * (1 - part)
-    return warp(images.float() / 255, [across, 0, right, 0, part, down], size)
-
-
-def strong_augment(x):
-    """RandAugment-like, x in [0, 1]: affine; colour, sharpness, cutout on a random half each."""
-    h, w = x.shape[2:]
-    z, on = uniform(12, x), uniform(6, x) > 0  # on: coins; the sixth is a spare
-    turn, scale = 0.4 * z[0], torch.exp(0.2 * z[1])  # up to 23 degrees; 0.8 to 1.2
-    cos, sin, shear = turn.cos() * scale, turn.sin() * scale, 0.2 * z[2]
-    rows = [cos, (shear - sin) * (h / w), 0.2 * z[3], sin * (w / h), cos, 0.2 * z[4]]
-    x = warp(x, rows, (h, w))
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = torch.where(on[0], mean + (x - mean) * (1 + 0.5 * z[5]) + 0.2 * z[6], x)  # contrast, light
-    grey = x.mean(1, keepdim=True)
-    x = torch.where(on[1], grey + (x - grey) * (1 + 0.5 * z[7]), x).clamp(0, 1)  # saturation
-    levels = (10 + 6 * z[8]).round()
-    x = torch.where(on[2], (x * levels).round() / levels, x)  # posterise: 5 to 17 levels
-    blur = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    x = torch.where(on[3], (x + z[9] * (x - blur)).clamp(0, 1), x)  # sharpen or blur
-    row, column = (torch.linspace(-1, 1, n, device=x.device) for n in (h, w))
-    hole = ((column - z[10]).abs() < 0.35) & ((row[:, None] - z[11]).abs() < 0.35)
-    return torch.where(on[4] & hole, torch.full_like(x, 0.5), x)  # cutout: a third of the side
-
-
-def pseudo_label(method, q, tau, p, prior):
-    """Phase I: labels (B,) int64 from q (B, C); which of them to keep (B,)."""
-    if method != "supervised":
-        q, p = align(q, p, prior), prior  # ours: prior is what q is expected to be now, see D5
-    confidence, y = q.max(1)
-    limits = TAU if method in ("supervised", "fixmatch") else class_thresholds(tau, p)[y]
-    return y, confidence >= limits
-
-
-def ask_neighbours(net, images, labels, split, prior, args):
-    """Probabilities (N, C) of all training images after asking their neighbours, see D11."""
-    labelled, unlabelled = split
-    q, features = describe(net, images, args)
-    q = align(q, q[unlabelled].mean(0), prior)
-    q[labelled] = F.one_hot(labels[labelled], len(prior)).float()
-    q = propagate(q, features, args.neighbours)
-    q = align(q, q[unlabelled].mean(0), prior) ** 3  # sharper, a mean of many is never sure
-    return q / q.sum(1, keepdim=True)
-
-
-def say(net, images, i, spread, args):
-    """What neighbours said of training images i or, unasked, the network says: (B, C)."""
-    return spread[i] if len(spread) else describe(net, images[i], args)[0]
-
-
-def mix_batch(method, x, y, net, args):
-    """Phase II: mix a share of x (B, 3, H, W), labels y (B,), by maps of net: (views, Target)."""
-    b = len(x)
-    partner = torch.arange(b, device=x.device).roll(1)
-    box1, box2 = (random_boxes(b, args.size) for _ in range(2))
-    box1[torch.rand(b) >= args.mix_share] = 0  # an empty box: not mixed
-    if method == "cutmix":  # every pixel counts alike: labels weigh as much as their area
-        maps = x.new_full((b, *args.size), 1 / (args.size[0] * args.size[1]))
-    else:
-        _, features = look(net, x, args)  # (B, K, h, w)
-        maps = percent_map(cam(features, net.head.weight, y, args.size))
-    mix, rho_a, rho_b = semantic_mix(x, maps, partner, box1.to(x.device), box2.to(x.device))
-    return mix, Target(y, y[partner], rho_a, rho_b)
+def make_optimizer(net, args):
+    """SGD with the two learning rates of --lr and --lr-backbone, and its schedule."""
+    opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
+    opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
+    schedule = partial(learning_rate, steps=args.steps)
+    return opt, torch.optim.lr_scheduler.LambdaLR(opt, schedule)
 
 
 @torch.no_grad()
@@ -505,143 +405,300 @@ def update_ema(ema, net, decay):
         old.copy_(new)
 
 
-def build(args, n_classes, pretrained):
-    """A network, its optimiser and the schedule of the learning rates."""
-    net = Classifier(args, n_classes, pretrained).train()
-    net = net.to(args.device, memory_format=torch.channels_last)
-    opt = torch.optim.SGD(net.head.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
-    opt.add_param_group({"params": net.backbone.parameters(), "lr": args.lr_backbone})
-
-    def rate(k):  # up over 100 steps, down along a cosine
-        return min(1, (k + 1) / 100) * math.cos(math.pi / 2 * k / args.steps) ** 2
-
-    return net, opt, torch.optim.lr_scheduler.LambdaLR(opt, rate)
-
-
-def try_step(args, n_classes):
-    """Load weights, go forward and back on a full batch: what does not work fails at once."""
-    net = Classifier(args, n_classes, args.pretrained).to(args.device)
-    views = max((m != "supervised") + (m in MIXING) for m in args.method)
-    n = args.batch_size * (1 + views * args.mu)
+@torch.no_grad()
+def predict_batch(net, x, args):
+    """Probabilities (B, C) and features (B, K, h, w) of x (B, 3, H, W) in [0, 1]."""
     with autocast(args):
-        logits, _ = net(torch.zeros(n, 3, *args.size, device=args.device))
-    logits.sum().backward()
+        logits, features = net(x)
+    return logits.softmax(1), features
 
 
-def label_shares(y, keep, truth):
-    """How good labels are, given the true classes (B,), for the log alone: SHARES, (3,)."""
-    right, keep = (y == truth).float(), keep.float()
-    right[truth < 0] = math.nan  # nobody knows
-    kept = (right * keep).sum() / keep.sum().clamp(min=1)
-    return torch.stack([right.mean(), kept, keep.mean()])
+def predict_all(net, images, args):
+    """Probabilities (N, C) and pooled features (N, K) of the centres of uint8 (N, 3, H0, W0)."""
+    top, left = ((n - m) // 2 for n, m in zip(images.shape[2:], args.size, strict=True))
+    images = images[:, :, top : top + args.size[0], left : left + args.size[1]]  # (N, 3, H, W)
+    batches = (predict_batch(net, x.to(args.device).float() / 255, args) for x in images.split(128))
+    pairs = [(q, F.relu(features.float()).mean((2, 3))) for q, features in batches]
+    return tuple(map(torch.cat, zip(*pairs, strict=True)))
 
 
-def train(method, train_set, split, args, folder, fingerprints):
-    """Train one method, the loop of all; returns its last checkpoint, all that --resume needs.
+def draw(indices, n):
+    """n random elements of indices, drawn on the CPU."""
+    return indices[torch.randint(len(indices), (n,)).to(indices.device)]
 
-    split: indices of train_set, labelled and unlabelled. fingerprints: of the data.
+
+@torch.no_grad()
+def percent_maps(net, x, y, args):
+    """Semantic percent maps (B, H, W) of the classes y (B,) in x (B, 3, H, W) in [0, 1]."""
+    _, features = predict_batch(net, x, args)
+    return percent_map(cam(features, net.head.weight, y, x.shape[2:]))
+
+
+def label_quality(y, keep, truth):
+    """How good pseudo-labels y (N,) are: {name: share}. truth: true classes, -1 if unknown."""
+    quality = {"share kept": keep.float().mean().item()}
+    known = truth >= 0
+    if known.any():
+        right = (y == truth)[known].float()
+        quality["accuracy"] = right.mean().item()
+        quality["accuracy of kept"] = right[keep[known]].mean().item()
+    return quality
+
+
+def train(name, train_set, split, args, folder, fingerprints):
+    """Train a method, the loop of all; returns its last checkpoint, all that --resume needs.
+
+    split: indices of the labelled and the unlabelled images. fingerprints: of the data.
     """
+    method = METHODS[name]
     torch.manual_seed(args.seed)
-    b, n_classes, last = args.batch_size, len(train_set.classes), folder / f"last_{method}.pt"
-    net, opt, rates = build(args, n_classes, args.pretrained and not last.exists())
+    b, n_u, n_classes = args.batch_size, args.mu * args.batch_size, len(train_set.classes)
+    last = folder / f"last_{name}.pt"
+    net = Classifier(args.arch, args.freeze, n_classes, args.pretrained and not last.exists())
+    net = net.to(args.device, memory_format=torch.channels_last).train()  # faster convolutions
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    parts = {"net": net, "ema": ema, "opt": opt, "rates": rates}
-    p = torch.full((n_classes,), 1 / n_classes)  # (C,)
-    state = {"step": 0, "seconds": 0.0, "log": [], "tau": p[0], "p": p, "spread": p[:0]}
+    opt, scheduler = make_optimizer(net, args)
+    parts = {"net": net, "ema": ema, "opt": opt, "scheduler": scheduler}
+    zeros = torch.zeros(n_classes)
+    state = {"step": 0, "seconds": 0.0, "propagated": None}
+    state |= {"tau": zeros[0], "p": zeros}
     state |= data.resume(last, METHOD, args, fingerprints, parts)
-    tau, p, log = state["tau"].to(args.device), state["p"].to(args.device), state["log"]
-    spread = state["spread"].to(args.device)  # what neighbours said, (N, C), or empty
+    tau, p = state["tau"].to(args.device), state["p"].to(args.device)
+    propagated = state["propagated"]  # by label propagation: q of all images (N, C), or None
+    if propagated is not None:
+        propagated = propagated.to(args.device)
     images, labels = train_set.images.to(args.device), train_set.labels.to(args.device)
     labelled, unlabelled = (i.to(args.device) for i in split)
-    prior = labels[labelled].bincount(minlength=n_classes) / len(labelled)  # (C,)
-    watched = unlabelled if len(unlabelled) else labelled
-    watched = watched[:: max(1, len(watched) // 512)]  # 512 or some more
+    thresholds = torch.full((n_classes,), TAU, device=args.device)
+    first = math.ceil(args.unlabelled_start * args.steps)
+    every = max(3, args.steps // 20)  # steps between two label propagations
     forward = torch.compile(net) if args.compile else net
-    first = math.ceil(args.warm_up * args.steps)  # step of phase I
-    asks = method in NEIGHBOURS and args.neighbours > 0
-    renew = max(3, args.steps // 20)  # steps until neighbours are asked again: 3 in very short runs
-    begin, steps = time.time() - state["seconds"], range(state["step"], args.steps)
-    bar = data.progress(steps, f"train {method}", args.steps, state["step"])
+    began = time.time() - state["seconds"]
+    bar = data.progress(
+        range(state["step"], args.steps), f"train {name}", args.steps, state["step"]
+    )
     for step in bar:
-        i = labelled[torch.randint(len(labelled), (b,)).to(args.device)]
-        x = [strong_augment(weak_augment(images[i], args.size))]  # (B, 3, H, W)
+        i = draw(labelled, b)
         y_l = labels[i]
-        if asks and step >= first and (step - first) % renew == 0:  # see D11
-            spread = ask_neighbours(ema, images, labels, (labelled, unlabelled), prior, args)
-        if step == first:  # what is said now is where Eqs. 3 and 4 start, see D4
-            tau, p = update_thresholds(tau, p, say(ema, images, watched, spread, args), beta=0)
-        kept = False
-        if method != "supervised" and step >= first:
-            i = unlabelled[torch.randint(len(unlabelled), (args.mu * b,)).to(args.device)]
-            x_u = weak_augment(images[i], args.size)  # (mu B, 3, H, W)
-            q = spread[i] if len(spread) else look(ema, x_u, args)[0]  # (mu B, C)
-            tau, p = update_thresholds(tau, p, q, BETA)
-            y, keep = pseudo_label(method, q, tau, p, prior)
-            kept = keep.any()
-        if kept:  # the others teach nothing
-            x_u, y = x_u[keep], y[keep]
-            x.append(strong_augment(x_u))
-            target_u = Target(y, y, torch.ones_like(q[keep, 0]), torch.zeros_like(q[keep, 0]))
-            if method in MIXING and step >= args.mix_start * args.steps:  # see D10
-                mix, mixed = mix_batch(method, x_u, y, ema, args)
-                x.append(strong_augment(mix))
-                target_u = Target(*map(torch.cat, zip(target_u, mixed, strict=True)))
+        views = [strong_augment(weak_augment(images[i], args.size))]  # labelled: (B, 3, H, W)
+
+        if method.pseudo_labels and step >= first:
+            if method.propagation and (step - first) % every == 0:
+                propagated = propagate_labels(ema, images, labels, split, args)
+            i = draw(unlabelled, n_u)
+            x_w = weak_augment(images[i], args.size)  # weak view (mu B, 3, H, W)
+            q = predict_batch(ema, x_w, args)[0] if propagated is None else propagated[i]
+            beta = min(BETA, 1 - 1 / (step - first + 1))  # see D4
+            tau, p = update_thresholds(tau, p, q, beta)
+            if method.adaptive:
+                thresholds = class_thresholds(tau, p)
+            y, keep = pseudo_label(q, thresholds)
+            keep = keep.nonzero()[:, 0]
+            if len(keep):
+                x_w, y = x_w[keep], y[keep]
+                n_mixed = len(y) // 2 if method.mixing else 0
+                views.append(strong_augment(x_w[n_mixed:]))  # strong view
+                if n_mixed:
+                    x_w, y_a = x_w[:n_mixed], y[:n_mixed]
+                    partner = torch.arange(n_mixed, device=args.device).roll(1)
+                    if method.semantic:
+                        maps = percent_maps(ema, x_w, y_a, args)
+                    else:
+                        maps = torch.full_like(x_w[:, 0], 1 / (args.size[0] * args.size[1]))
+                    box_a = random_boxes(n_mixed, args.size).to(args.device)
+                    box_b = random_boxes(n_mixed, args.size).to(args.device)
+                    x_m, rho_a, rho_b = semantic_mix(x_w, maps, partner, box_a, box_b)
+                    views.append(strong_augment(x_m))  # mixed view
+
         with autocast(args):
-            logits, _ = forward(torch.cat(x))  # labelled and unlabelled share batch statistics
-        loss = F.cross_entropy(logits[:b], y_l)
-        if kept:  # an image has one view, in phase II two; both weights of Eq. 8 are 1
-            loss = loss + hybrid_loss(logits[b:], target_u, args.mu * b * (len(x) - 1))  # Eq. 8 [G]
+            logits, _ = forward(torch.cat(views))  # all views share the statistics of batch norm
+        logits = logits.split([len(x) for x in views])
+        loss = F.cross_entropy(logits[0], y_l)
+        if len(views) > 1:
+            loss += F.cross_entropy(logits[1], y[n_mixed:], reduction="sum") / n_u
+        if len(views) > 2:
+            loss += hybrid_loss(logits[2], y_a, y_a[partner], rho_a, rho_b).sum() / n_u
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
-            raise DataError(f"{method}: loss is {loss:g} at step {step}: {todo}")
+            raise DataError(f"{name}: loss is {loss:g} at step {step}: {todo}")
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
-        rates.step()
-        update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # forgets the start
+        scheduler.step()
+        update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # average over fewer at the start
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            q = say(ema, images, watched, spread, args)
-            y, keep = pseudo_label(method, q, tau, p, prior)
-            keep &= step >= first  # before that nothing is
-            row = [loss, *label_shares(y, keep, labels[watched]), tau]
-            log.append([step + 1, *(round(x.item(), 4) for x in row)])
-            more = {"step": step + 1, "seconds": time.time() - begin, "log": log}
-            more |= {"tau": tau, "p": p, "spread": spread}
+            more = {"step": step + 1, "seconds": time.time() - began}
+            more |= {"tau": tau, "p": p, "propagated": propagated}
+            if step + 1 == args.steps:
+                q = predict_all(ema, images, args)[0] if propagated is None else propagated
+                y, keep = pseudo_label(q, thresholds)
+                more["quality"] = label_quality(y[unlabelled], keep[unlabelled], labels[unlabelled])
             state = data.save_checkpoint(last, METHOD, args, fingerprints, parts, **more)
-            with open(folder / f"log_{method}.csv", "w", newline="", **data.TEXT) as file:
-                csv.writer(file).writerows([["step", "loss", *SHARES, "tau"], *log])
     return state
 
 
 # ==================================================================================================
-# 6. Main
+# 8. Evaluation, prediction and figure
 # ==================================================================================================
+
+
+def overlay(img, heat):
+    """Lay a map (H, W) of any range over an image uint8 (3, H, W): uint8 (H, W, 3)."""
+    low, high = heat.aminmax()
+    colours = data.colour_map((heat - low) / (high - low).clamp(min=1e-12))
+    return (0.45 * img.permute(1, 2, 0).numpy() + 0.55 * colours).astype("uint8")
+
+
+def draw_mixes(net, test, guess, args, path, n=5):
+    """Draw n semantic mixes of test images; of images that are classified right, if there are.
+
+    guess: predicted classes (N,).
+    """
+    torch.manual_seed(args.seed)
+    order = torch.randperm(len(guess))
+    wrong = (guess != test.labels)[order]
+    n = min(n, len(guess) // 2)
+    chosen = order[wrong.int().argsort(stable=True)][: 2 * n]  # n images a, then n images b
+    photos, size = test.images[chosen], test.images.shape[2:]  # uint8 (2n, 3, H, W)
+    x, y = photos.to(args.device).float() / 255, guess[chosen].to(args.device)
+    maps = percent_maps(net, x, y, args)
+    boxes = random_boxes(2 * n, size).to(args.device)
+    partner = torch.arange(2 * n, device=args.device).roll(n)
+    x_m, rho_a, rho_b = semantic_mix(x, maps, partner, boxes, boxes[partner])
+    mixed = (x_m * 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (2n, H, W, 3)
+    inside = box_mask(boxes, size).cpu()
+    rows = []
+    for a, b in zip(range(n), range(n, 2 * n), strict=True):
+        area_b = inside[b].float().mean()
+        area_a = 1 - inside[a].float().mean()
+        tiles = []
+        for k, rho, area in ((a, rho_a[a], area_a), (b, rho_b[a], area_b)):
+            photo, heat = photos[k].permute(1, 2, 0).numpy(), overlay(photos[k], maps[k].cpu())
+            tiles.append((photo, test.classes[guess[chosen[k]]]))
+            tiles.append((data.outline(heat, inside[k]), f"rho {rho:.2f}, area {area:.2f}"))
+        rows.append(("", [*tiles, (mixed[a], "")]))
+    titles = ["image a", "map of a and box", "image b", "map of b and box", "mix"]
+    data.draw_sheet(titles, rows, path)
+
+
+def classify_photo(photo, net, classes, args):
+    """Classify a photo: its CAM laid over it, the predicted class and all probabilities."""
+    q, _ = predict_all(net, photo.small[None], args)  # (1, C)
+    y = q.argmax(1)
+    maps = percent_maps(net, photo.small[None].to(args.device).float() / 255, y, args).cpu()
+    findings = {"prediction": classes[y]}
+    for name, p in zip(classes, q[0].tolist(), strict=True):
+        findings[f"probability of {name}"] = f"{p:.6f}"
+    return {"cam": overlay(photo.img, data.enlarge(maps, photo)[0])}, findings
+
+
+# ==================================================================================================
+# 9. Beyond the paper: label propagation
+# ==================================================================================================
+# A classifier has seen few labels, but pretrained features tell better which images are alike. Here
+# the pseudo-labels of all images, and the true labels of the labelled ones, are averaged over the
+# nearest neighbours of each image, so that a wrong one is outvoted where most neighbours are right.
+
+
+def align(q, p, prior):
+    """Distribution alignment [ReMixMatch]: q (B, C) of mean p (C,) gets the mean prior (C,)."""
+    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0 for a class that has no labelled image
+    return q / q.sum(1, keepdim=True)
+
+
+def propagate(q, features, k, own=0.1, times=10):
+    """Label propagation, as [Iscen 2019]: q (N, C) averaged over k-nearest neighbours, (N, C).
+
+    features: (N, K), not negative. own: the weight of an image itself in each of `times` rounds.
+    """
+    z = features.sqrt()  # so that no single strong feature decides which images are alike
+    z = F.normalize(z - z.mean(0), dim=1)
+    k = min(k, len(z) - 1)
+    near = torch.cat([(z_b @ z.T).topk(k + 1).indices[:, 1:] for z_b in z.split(1024)])  # (N, k)
+    propagated = q
+    for _ in range(times):
+        propagated = own * q + (1 - own) * propagated[near].mean(1)  # Eq. 9 [ours]
+    return propagated
+
+
+def propagate_labels(ema, images, labels, split, args):
+    """Pseudo-labels (N, C) of all training images by label propagation."""
+    labelled, unlabelled = split
+    q, features = predict_all(ema, images, args)
+    known = F.one_hot(labels[labelled], q.shape[1]).float()
+    prior = known.mean(0)  # (C,)
+    q = align(q, q[unlabelled].mean(0), prior)
+    q[labelled] = known
+    q = propagate(q, features, NEIGHBOURS)
+    q = align(q, q[unlabelled].mean(0), prior) ** 3  # sharper: a mean over many is never confident
+    return q / q.sum(1, keepdim=True)
+
+
+# ==================================================================================================
+# 10. Main
+# ==================================================================================================
+
+
+def stored_size(args):
+    """The size at which images are kept, 8/7 of --size: crops are cut from them."""
+    return tuple(round(n * 8 / 7) for n in args.size)
 
 
 def load(split, args):
     """The training or test images."""
-    few = 400 if args.quick else None  # two images a class and more, of up to 200 classes
+    few = 400 if args.quick else None  # at least two images a class, of up to 200 classes
     size, workers = stored_size(args), args.num_workers
     return data.load_classification(args.data, args.data_root, split, size, few, workers)
 
 
+def make_network(args, n_classes, weights):
+    """The network of a checkpoint, for inference."""
+    net = Classifier(args.arch, args.freeze, n_classes).to(args.device).eval()
+    net.load_state_dict(weights)
+    return net
+
+
+def try_step(args, n_classes):
+    """Load the ImageNet weights and run a step of full size, so that what cannot work fails now."""
+    net = Classifier(args.arch, args.freeze, n_classes, args.pretrained).to(args.device)
+    views = 1 + 2 * args.mu if any(METHODS[m].pseudo_labels for m in args.method) else 1
+    with autocast(args):
+        logits, _ = net(torch.zeros(views * args.batch_size, 3, *args.size, device=args.device))
+    logits.sum().backward()
+
+
 def train_all(train_set, test, args, folder):
-    """Train all methods of --method; writes best.pt."""
+    """Train the methods of --method; writes best.pt."""
     labels, classes = train_set.labels, train_set.classes
-    split = data.label_split(labels, args.labels, args.labels_per_class, args.seed, classes)
-    if not len(split[1]) and args.method != ["supervised"]:
-        raise DataError("every training image is labelled: lower --labels or --method supervised")
+    split = data.label_split(labels, args.labels_per_class, args.seed)
+    labelled, unlabelled = split
+    if not len(unlabelled) and args.method != ["supervised"]:
+        raise DataError(
+            "every training image is labelled: lower --labels-per-class or use --method supervised"
+        )
     fingerprints = {"train": train_set.fingerprint, "test": test.fingerprint}
     if not args.resume:
         try_step(args, len(classes))
         data.prepare_folder(folder)
-    done = {m: train(m, train_set, split, args, folder, fingerprints) for m in args.method}
-    more = {"classes": classes, "n_train": len(labels), "n_labelled": len(split[0])}
-    more["nets"] = {m: state["ema"] for m, state in done.items()}
-    more["logs"] = {m: state["log"] for m, state in done.items()}
-    more["seconds"] = {m: round(state["seconds"]) for m, state in done.items()}
+    states = {m: train(m, train_set, split, args, folder, fingerprints) for m in args.method}
+    more = {"classes": classes, "n_train": len(labels), "n_labelled": len(labelled)}
+    more["nets"] = {m: state["ema"] for m, state in states.items()}
+    more["seconds"] = {m: round(state["seconds"]) for m, state in states.items()}
+    more["pseudo_labels"] = {m: state["quality"] for m, state in states.items()}
     data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
+
+
+def predict(args):
+    """Classify the images of --predict by the last method of --method."""
+    folder = data.run_folder(METHOD, args)
+    best, predictions = args.checkpoint or folder / "best.pt", folder / "predictions"
+    state = data.load_checkpoint(best, METHOD)
+    method, classes = args.method[-1], state["classes"]
+    net = make_network(args, len(classes), state["nets"][method])
+    print(f"predictions of {method} go to {predictions}")
+    classify_one = partial(classify_photo, net=net, classes=classes, args=args)
+    data.predict_images(args.predict, stored_size(args), predictions, best, classify_one)
 
 
 def run(args):
@@ -653,19 +710,13 @@ def run(args):
         train_all(load("train", args), test, args, folder)
     best = args.checkpoint or folder / "best.pt"
     state = data.load_checkpoint(best, METHOD, {"test": test.fingerprint})
-    rows, pseudo_labels = {}, {}
+    rows = {}
     for method, weights in state["nets"].items():
-        net = Classifier(args, len(test.classes)).to(args.device).eval()
-        net.load_state_dict(weights)
-        guess = classify(net, test.images, args).argmax(1)  # (N,)
+        net = make_network(args, len(test.classes), weights)
+        guess = predict_all(net, test.images, args)[0].argmax(1).cpu()  # (N,)
         rows[method] = {"accuracy": (guess == test.labels).float().mean().item()}
-        log = state["logs"][method]
-        for k in (1, 2, 3, 4):  # quarters of the training
-            step, _, *shares, _ = log[max(0, len(log) * k // 4 - 1)]
-            known = {name: x for name, x in zip(SHARES, shares, strict=True) if x == x}  # not NaN
-            pseudo_labels[f"{method}, step {step}"] = known
-    more = {name: state[name] for name in ("n_labelled", "n_train", "seconds")}
-    more |= {"n_images": len(test.labels), "pseudo_labels": pseudo_labels}
+    names = ("n_labelled", "n_train", "seconds", "pseudo_labels")
+    more = {"n_images": len(test.labels)} | {name: state[name] for name in names}
     data.write_result(folder / "result.json", METHOD, args, rows, **more)
     data.print_table(rows)
     draw_mixes(net, test, guess, args, folder / "mix.png")  # of the last method

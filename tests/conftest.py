@@ -20,7 +20,7 @@ Y, X = np.mgrid[:32, :48]
 DISC = ((Y - 12) ** 2 + (X - 16) ** 2 < 81).astype(np.uint8)  # (32, 48) in {0, 1}
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
 QUICK = ["--quick", "--device", "cpu", "--save-every", "4"]
-LATE = ["--warm-up", "0.3", "--mix-start", "0.4", "--neighbours", "3"]
+LATE = ["--unlabelled-start", "0.3"]
 TINY = {  # flags of a run of seconds with all that a script has
     diffseg: [*QUICK, "--size", "32x16", "--width", "16", "--method", *diffseg.STAGES],
     pepl: [*QUICK, "--size", "16", "--amp", "off", *LATE, "--method", *pepl.METHODS],

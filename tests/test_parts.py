@@ -50,6 +50,32 @@ def calls(part, tmp_path):
         return abs(part(logits, tiles, torch.tensor([[0, 2]]))) < 0.3
     if part.__name__ == "ged":
         return torch.allclose(part(masks, masks), torch.zeros(2), atol=1e-6)
+    q, y = torch.tensor([[0.6, 0.4], [0.2, 0.8]]), torch.tensor([0, 1])
+    if part.__name__ == "strong_augment":
+        return part(img).shape == img.shape
+    if part.__name__ == "update_thresholds":
+        tau, p = part(0.5, torch.tensor([0.5, 0.5]), q, beta=0.5)
+        return torch.allclose(tau, torch.tensor(0.6)) and p.allclose(torch.tensor([0.45, 0.55]))
+    if part.__name__ == "class_thresholds":
+        return part(0.8, torch.tensor([0.25, 0.75])).allclose(torch.tensor([0.8 / 3, 0.8]))
+    if part.__name__ == "pseudo_label":
+        labels, keep = part(q, torch.tensor([0.5, 0.9]))
+        return torch.equal(labels, y) and keep.tolist() == [True, False]
+    if part.__name__ == "align":
+        return part(q, q.mean(0), torch.tensor([0.5, 0.5])).sum(1).allclose(torch.ones(2))
+    if part.__name__ == "cam":
+        return part(img, torch.eye(3), y, (32, 48)).shape == (2, 32, 48)
+    if part.__name__ == "percent_map":
+        return part(img[:, 0]).sum((1, 2)).allclose(torch.ones(2))
+    if part.__name__ == "semantic_mix":
+        boxes, maps = torch.tensor([[0, 0, 12, 8]]).expand(2, 4), torch.full((2, 16, 24), 1 / 384)
+        mixed, rho_a, rho_b = part(img, maps, y.flip(0), boxes, boxes)
+        return mixed.shape == img.shape and (rho_a + rho_b).allclose(torch.ones(2))
+    if part.__name__ == "hybrid_loss":
+        ones = torch.ones(2)
+        return part(q.log(), y, y, ones, 0 * ones).allclose(-q.amax(1).log())
+    if part.__name__ == "propagate":
+        return part(q.repeat(4, 1), torch.rand(8, 5), k=3).shape == (8, 2)
     if part.__name__ == "augment":
         return [x.shape for x in part(img, masks)] == [img.shape, masks.shape]
     if part.__name__ == "efficientnet_lite0":

