@@ -965,7 +965,8 @@ def label_split(labels, per_class, seed=0):
     """Choose the labelled images: (labelled, unlabelled), sorted int64 indices.
 
     labels: (N,) int64. If some are -1, those images are unlabelled and all others are labelled.
-    Otherwise `per_class` random images of each class are labelled, or all if it has fewer.
+    Otherwise `per_class` random images of each class are labelled, or all if it has fewer; if
+    per_class is below 1, this share of the images of each class, at least one.
     """
     labelled = labels >= 0
     if labelled.all():
@@ -973,7 +974,8 @@ def label_split(labels, per_class, seed=0):
         labelled = torch.zeros_like(labelled)
         for c in labels.unique():
             members = (labels == c).nonzero()[:, 0]
-            chosen = torch.randperm(len(members), generator=generator)[:per_class]
+            n = per_class if per_class >= 1 else max(1, round(per_class * len(members)))
+            chosen = torch.randperm(len(members), generator=generator)[:n]
             labelled[members[chosen]] = True
     return labelled.nonzero()[:, 0], (~labelled).nonzero()[:, 0]
 

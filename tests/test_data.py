@@ -330,6 +330,7 @@ def test_label_split_takes_images_of_each_class_by_seed():
     assert sorted(labelled.tolist() + rest.tolist()) == list(range(53))
     assert torch.equal(labelled, data.label_split(labels, per_class=4, seed=1)[0])
     assert not torch.equal(labelled, data.label_split(labels, per_class=4, seed=2)[0])
+    assert labels[data.label_split(labels, per_class=0.1)[0]].bincount().tolist() == [4, 1, 1]
 
 
 def test_pictures_of_any_text(tmp_path):
