@@ -233,9 +233,8 @@ def cam(features, weight, y, size):
     features: (B, K, h, w), before global average pooling. weight: (C, K), of the linear layer.
     size: (H, W), of the image.
     """
-    maps = torch.einsum(
-        "bkhw,bk->bhw", F.relu(features.float()), weight[y].float()
-    )  # Eq. 4 [paper]
+    features, weight = F.relu(features.float()), weight[y].float()  # (B, K, h, w), (B, K)
+    maps = torch.einsum("bkhw,bk->bhw", features, weight)  # Eq. 4 [paper]
     # The centre of cell i of a strided convolution is pixel stride * i. F.interpolate would put it
     # half a cell, less half a pixel, further right and down.
     shift = [1 / cells - 1 / pixels for cells, pixels in zip(maps.shape[1:], size, strict=True)]
@@ -459,9 +458,8 @@ def train(name, train_set, split, args, folder, fingerprints):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opt, scheduler = make_optimizer(net, args)
     parts = {"net": net, "ema": ema, "opt": opt, "scheduler": scheduler}
-    zeros = torch.zeros(n_classes)
     state = {"step": 0, "seconds": 0.0, "propagated": None}
-    state |= {"tau": zeros[0], "p": zeros}
+    state |= {"tau": torch.tensor(0.0), "p": torch.zeros(n_classes)}
     state |= data.resume(last, METHOD, args, fingerprints, parts)
     tau, p = state["tau"].to(args.device), state["p"].to(args.device)
     propagated = state["propagated"]  # by label propagation: q of all images (N, C), or None
@@ -474,9 +472,8 @@ def train(name, train_set, split, args, folder, fingerprints):
     every = max(3, args.steps // 20)  # steps between two label propagations
     forward = torch.compile(net) if args.compile else net
     began = time.time() - state["seconds"]
-    bar = data.progress(
-        range(state["step"], args.steps), f"train {name}", args.steps, state["step"]
-    )
+    steps = range(state["step"], args.steps)
+    bar = data.progress(steps, f"train {name}", args.steps, state["step"])
     for step in bar:
         i = draw(labelled, b)
         y_l = labels[i]
@@ -662,7 +659,7 @@ def make_network(args, n_classes, weights):
 def try_step(args, n_classes):
     """Load the ImageNet weights and run a step of full size, so that what cannot work fails now."""
     net = Classifier(args.arch, args.freeze, n_classes, args.pretrained).to(args.device)
-    views = 1 + 2 * args.mu if any(METHODS[m].pseudo_labels for m in args.method) else 1
+    views = 1 + args.mu if any(METHODS[m].pseudo_labels for m in args.method) else 1
     with autocast(args):
         logits, _ = net(torch.zeros(views * args.batch_size, 3, *args.size, device=args.device))
     logits.sum().backward()
