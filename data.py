@@ -911,7 +911,9 @@ def _class_folders(root, split):
     unlabelled = root / "unlabelled"
     if split == "train" and unlabelled.is_dir():
         sources += [(path, -1) for path in find_images(unlabelled)]
-        print_once(f"{unlabelled}: all images of train/ are labelled; --labels is not used")
+        print_once(
+            f"{unlabelled}: all images of train/ are labelled; --labels-per-class is not used"
+        )
     return sources, [folder.name for folder, _ in train.values()]
 
 

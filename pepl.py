@@ -1,16 +1,19 @@
 """PEPL: semi-supervised fine-grained classification by pseudo-labels and semantic mixing.
 
 Paper: PEPL, https://arxiv.org/abs/2409.03192 (ICASSP 2025), whose code is not public. The classes
-differ only in details, such as the colour of a bill. Every image shows one class; a few images are
-labelled. Phase I: the network labels the other images itself (pseudo-labels) and learns from those
-it is confident of. Phase II: it also learns from mixes, where a box of one image is pasted into
-another. A class activation map (CAM) says how much each part of an image counts for its class, and
-the label of each image weighs as much as the share of its map that is visible in the mix.
+differ only in details, such as the colour of a bird's bill. Each image belongs to one class; a few
+images are labelled. Phase I: the network labels the other images itself (pseudo-labels) and learns
+from those it is confident of. Phase II: it also learns from mixes, where a box of one image is
+pasted into another. A class activation map (CAM) tells how much each part of an image contributes
+to the score of its class, and the label of each image is weighted by the share of its map that is
+visible in the mix. Phase I alone is FreeMatch; the maps and boxes are those of SnapMix.
 
     unlabelled image --weak view---> EMA network --> pseudo-label y, kept if confident; map S
-                     --strong view-> network -----> CE(Q, y)                            phase I
-    a, a box of b in it ----strong-> network -----> rho_a CE(Q, y_a) + rho_b CE(Q, y_b)  phase II
-    rho_a: share of S_a outside the box in a; rho_b: share of S_b inside the box cut from b
+                     --strong view-> network --> Q: CE(Q, y)                            phase I
+    image a with a box of image b -> network --> Q: rho_a CE(Q, y_a) + rho_b CE(Q, y_b)  phase II
+
+    Q: predicted probabilities. CE: cross-entropy. S: CAM, of sum 1.
+    rho_a: share of S_a outside the box in a. rho_b: share of S_b inside the box cut out of b.
 
     python pepl.py                                        synthetic birds on a CPU, minutes
     python pepl.py --data folder --data-root mine --labels-per-class 4 --pretrained
@@ -19,16 +22,18 @@ the label of each image weighs as much as the share of its map that is visible i
 mine/ holds <train|test>/<class>/* and perhaps unlabelled/*. Without unlabelled/, the labels of all
 training images but a few are hidden. docs/pepl.md has the results and a command for a GPU.
 
-Deviations from the paper (D):
+Main deviations from the paper (D):
 D1  Pseudo-labels and maps come from an exponential moving average (EMA) of the network.
 D2  The weak views are mixed, and the mix is then strongly augmented: rho ignores what the
     augmentation hides or moves out of the picture.
-D3  Training starts on the labelled images alone: at first, pseudo-labels are chance. Both phases
-    start after that, in each step: half of the images that are kept are mixed with each other.
-D4  Eqs. 1 and 2 start as plain means, not at 1/C, which would keep every pseudo-label for long.
-D5  Images that are not kept count as 0 in the mean of Eq. 7.
-D6  FreeMatch is PEPL without mixing, and here without its fairness term. CutMix is PEPL with areas
-    in place of shares of the maps.
+D3  Early pseudo-labels are no better than chance, so training starts on labelled images only.
+    After that every step has both phases: half of the kept images are mixed with each other.
+D4  tau and p (Eqs. 1, 2) start as plain running means; from FreeMatch's 1/C, nearly every
+    pseudo-label would be kept for long.
+D5  Images that are not kept add no loss, but count in the denominator of Eq. 8.
+D6  Augmentations are hand-made and run on the GPU; the last stride of the network is undone.
+The control `freematch` has no fairness term. The control `cutmix` makes PEPL's mixes and weights
+labels by the areas of the boxes; the original CutMix has one box for both images.
 """
 
 import copy
@@ -73,10 +78,10 @@ METHODS = {
     "pepl_propagation": Method(mixing=True, semantic=True, propagation=True),
 }
 TAU = 0.95  # FixMatch's threshold
-BETA = 0.99  # weight of the old values in Eqs. 1 and 2
-EMA = 0.995  # weight of the old values in the EMA network
+BETA = 0.99  # decay of Eqs. 1 and 2
+EMA = 0.995  # decay of the EMA network
 NEIGHBOURS = 8  # in label propagation
-NETWORKS = torchvision.models.list_models(include=["resne*t*", "wide_resnet*", "efficientnet*"])
+NETWORKS = torchvision.models.list_models(include=["resne[tx]*", "wide_resnet*", "efficientnet*"])
 NETWORKS = ["tiny", "efficientnet_lite0", *NETWORKS]
 
 # ==================================================================================================
@@ -95,21 +100,22 @@ def parse_args(argv=None):
     add("--steps", type=whole(1), help=steps)
     batch = "labelled images in a training step; by default 32 with --arch tiny, else 16"
     add("--batch-size", type=whole(2), help=batch)
-    add("--mu", type=whole(1), default=3, help="unlabelled images in a step, times --batch-size")
+    add("--mu", type=whole(1), default=3, help="unlabelled images per labelled image in a step")
     lr = "peak learning rate of the linear layer; by default 0.05 with --arch tiny, else 0.03"
     add("--lr", type=number(1e-9, 10), help=lr)
-    lr = "that of all other layers; by default 0.01 with --pretrained, else the default of --lr"
+    lr = "the same for the other layers; by default 0.01 with --pretrained, else as --lr"
     add("--lr-backbone", type=number(1e-9, 10), help=lr)
     labels = "labelled images of each class; by default 4, on synthetic images 6"
     add("--labels-per-class", type=whole(1), help=labels)
     default = ["supervised", "freematch", "pepl"]
     add("--method", nargs="+", default=default, choices=METHODS, help="train and compare these")
-    arch = "tiny, efficientnet_lite0 (default with --pretrained), or of torchvision: resnet50 ..."
+    arch = "tiny, efficientnet_lite0 (default with --pretrained), or a ResNet, ResNeXt or "
+    arch += "EfficientNet of torchvision, such as resnet50"
     add("--arch", choices=NETWORKS, metavar="NAME", help=arch)
     add("--pretrained", action="store_true", help="start from ImageNet weights")
     freeze = "K freezes the stem and K stages, 0 nothing; by default 0, with --pretrained 3 for an "
     freeze += "EfficientNet and 2 for a ResNet"
-    add("--freeze", type=whole(0), help=freeze)
+    add("--freeze", type=whole(0), metavar="K", help=freeze)
     start = "share of the steps before unlabelled images are used"
     add("--unlabelled-start", type=number(0, 1), default=0.3, help=start)
     args = p.parse_args(argv)
@@ -126,6 +132,8 @@ def parse_args(argv=None):
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, save_every=2)
     args = data.parse_flags(p, argv, METHOD)
+    if args.freeze and not args.pretrained:
+        p.error("--freeze: without --pretrained, the frozen layers would be random; add it")
     if args.pretrained and args.arch == "tiny":
         p.error("--pretrained: tiny has no ImageNet weights; use --arch efficientnet_lite0")
     return args
@@ -134,14 +142,14 @@ def parse_args(argv=None):
 # ==================================================================================================
 # 2. Views of an image
 # ==================================================================================================
-# A pseudo-label is predicted on a weak view of an image, which is hardly changed, and learned on a
-# strong view, which is changed much.
+# A pseudo-label is predicted on a weak view of an image, which is lightly augmented, and learned on
+# a strong view, which is heavily augmented.
 
 
 def uniform(n, x):
     """n random numbers in [-1, 1] for each image of x, (n, B, 1, 1, 1), on the device of x.
 
-    They are drawn on the CPU, so that a run repeats them on any device.
+    They are drawn on the CPU, so that a seed gives the same numbers on any device.
     """
     return (2 * torch.rand(n, len(x), 1, 1, 1) - 1).to(x.device)
 
@@ -159,30 +167,30 @@ def warp(x, rows, size):
 
 def weak_augment(images, size):
     """Randomly crop and mirror uint8 (B, 3, H0, W0): float (B, 3, H, W) in [0, 1]."""
-    mirror, right, down, closer = uniform(4, images)
-    side = size[0] / images.shape[2] * (1 - 0.1 * closer.abs())  # of the crop; at most 7/8
+    mirror, right, down, zoom = uniform(4, images)
+    side = size[0] / images.shape[2] * (1 - 0.1 * zoom.abs())  # of the crop; at most 7/8
     width = torch.where(mirror < 0, -side, side)
     rows = [width, 0, right * (1 - side), 0, side, down * (1 - side)]
     return warp(images.float() / 255, rows, size)
 
 
 def strong_augment(x):
-    """Change x (B, 3, H, W) in [0, 1] much, each image differently, in the way of RandAugment.
+    """Heavily augment x (B, 3, H, W) in [0, 1], each image differently, as RandAugment does.
 
     A random affine warp, then five changes, each of a random half of the images: contrast and
-    brightness, saturation, number of levels, blur or sharpening, cutout.
+    brightness, saturation, posterization, blur or sharpening, cutout.
     """
     h, w = x.shape[2:]
-    turn, zoom, shear, right, down = uniform(5, x)
-    turn = 0.4 * turn  # up to 23 degrees
-    cos, sin = turn.cos() * torch.exp(0.2 * zoom), turn.sin() * torch.exp(0.2 * zoom)
+    angle, zoom, shear, right, down = uniform(5, x)
+    angle = 0.4 * angle  # up to 23 degrees
+    cos, sin = angle.cos() * torch.exp(0.2 * zoom), angle.sin() * torch.exp(0.2 * zoom)
     upper = [cos, (0.2 * shear - sin) * (h / w), 0.2 * right]
     x = warp(x, [*upper, sin * (w / h), cos, 0.2 * down], (h, w))
 
     changed = uniform(5, x) > 0  # (5, B, 1, 1, 1)
-    contrast, light, saturation, levels, sharpness, column, row = uniform(7, x)
+    contrast, brightness, saturation, levels, sharpness, column, row = uniform(7, x)
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = torch.where(changed[0], mean + (x - mean) * (1 + 0.5 * contrast) + 0.2 * light, x)
+    x = torch.where(changed[0], mean + (x - mean) * (1 + 0.5 * contrast) + 0.2 * brightness, x)
     grey = x.mean(1, keepdim=True)
     x = torch.where(changed[1], grey + (x - grey) * (1 + 0.5 * saturation), x).clamp(0, 1)
     levels = (10 + 6 * levels).round()
@@ -190,8 +198,8 @@ def strong_augment(x):
     blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = torch.where(changed[3], (x + sharpness * (x - blurred)).clamp(0, 1), x)
     columns, rows = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
-    hole = ((columns - column).abs() < 0.35) & ((rows[:, None] - row).abs() < 0.35)
-    return torch.where(changed[4] & hole, torch.full_like(x, 0.5), x)  # a third of the side
+    hole = ((columns - column).abs() < 0.35) & ((rows[:, None] - row).abs() < 0.35)  # 1/3 of a side
+    return torch.where(changed[4] & hole, torch.full_like(x, 0.5), x)
 
 
 # ==================================================================================================
@@ -202,9 +210,9 @@ def strong_augment(x):
 
 
 def update_thresholds(tau, p, q, beta):
-    """Update the global threshold tau () and the class expectation p (C,) with q (B, C).
+    """Update the global threshold tau () and the mean class probabilities p (C,) with q (B, C).
 
-    beta in [0, 1) is the weight of the old values.
+    beta: the decay of these running means, in [0, 1).
     """
     tau = beta * tau + (1 - beta) * q.amax(1).mean()  # Eq. 1 [paper]
     p = beta * p + (1 - beta) * q.mean(0)  # Eq. 2 [paper]
@@ -212,7 +220,7 @@ def update_thresholds(tau, p, q, beta):
 
 
 def class_thresholds(tau, p):
-    """The threshold of each class, (C,); the most expected class has the global one."""
+    """The threshold of each class, (C,); it is tau for the class with the highest mean."""
     return tau * p / p.max()  # Eq. 3 [paper]
 
 
@@ -227,19 +235,19 @@ def pseudo_label(q, thresholds):
 # ==================================================================================================
 
 
-def cam(features, weight, y, size):
+def cam(features, weight, y, size, stride):
     """Class activation maps, (B, H, W), of the classes y (B,).
 
     features: (B, K, h, w), before global average pooling. weight: (C, K), of the linear layer.
-    size: (H, W), of the image.
+    size: (H, W), of the image. stride: pixels from one cell of the features to the next.
     """
     features, weight = F.relu(features.float()), weight[y].float()  # (B, K, h, w), (B, K)
     maps = torch.einsum("bkhw,bk->bhw", features, weight)  # Eq. 4 [paper]
-    # The centre of cell i of a strided convolution is pixel stride * i. F.interpolate would put it
-    # half a cell, less half a pixel, further right and down.
-    shift = [1 / cells - 1 / pixels for cells, pixels in zip(maps.shape[1:], size, strict=True)]
-    theta = torch.tensor([[1, 0, shift[1]], [0, 1, shift[0]]], device=maps.device)
-    grid = F.affine_grid(theta.expand(len(y), 2, 3), (len(y), 1, *size), align_corners=False)
+    # Cell i of a strided convolution is centred at pixel stride * i, where F.interpolate would not
+    # put it. In the coordinates of grid_sample, cell i of n lies at (2 i + 1) / n - 1.
+    cells = (torch.arange(n, device=maps.device) / stride for n in size)  # of each row and column
+    y, x = ((2 * i + 1) / n - 1 for i, n in zip(cells, maps.shape[1:], strict=True))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
@@ -266,27 +274,27 @@ def box_mask(boxes, size):
     return (x >= left) & (x < right) & (y[:, None] >= top) & (y[:, None] < bottom)
 
 
-def semantic_mix(x, maps, partner, box_a, box_b):
-    """Paste box_b of each image's partner, resized, into box_a of the image.
+def semantic_mix(x_a, x_b, maps_a, maps_b, box_a, box_b):
+    """Paste box_b of each image b, resized, into box_a of the image a.
 
-    x: (B, 3, H, W). maps: percent maps (B, H, W). partner: (B,) int64. Boxes: (B, 4), see
-    random_boxes. Returns the mixed images and how much is visible in them of each image and of its
-    partner, rho_a and rho_b (B,) in [0, 1], which need not sum to 1.
+    x_a, x_b: (B, 3, H, W). maps_a, maps_b: their percent maps (B, H, W). Boxes: (B, 4), see
+    random_boxes. Returns the mixed images, and rho_a and rho_b (B,) in [0, 1]: how much of either
+    map is visible in the mix. They need not sum to 1: both objects can be visible, or neither.
     """
-    h, w = x.shape[2:]
+    h, w = x_a.shape[2:]
     # An affine map takes box_a to box_b, in the coordinates of grid_sample, -1 to 1.
-    sides = torch.tensor([w, h, w, h], device=x.device)
+    sides = torch.tensor([w, h, w, h], device=x_a.device)
     low_a, high_a = (2 * box_a / sides - 1).chunk(2, 1)  # (B, 2) each: (left, top), (right, bottom)
     low_b, high_b = (2 * box_b / sides - 1).chunk(2, 1)
     scale = (high_b - low_b) / (high_a - low_a)
     shift = low_b - scale * low_a
     theta = torch.cat([torch.diag_embed(scale), shift[..., None]], 2)  # (B, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B, H, W, 2)
-    pasted = F.grid_sample(x[partner], grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(theta, x_a.shape, align_corners=False)  # (B, H, W, 2)
+    pasted = F.grid_sample(x_b, grid, padding_mode="border", align_corners=False)
     inside_a, inside_b = box_mask(box_a, (h, w)), box_mask(box_b, (h, w))
-    rho_a = 1 - (maps * inside_a).sum((1, 2))  # Eq. 6 [paper]
-    rho_b = (maps[partner] * inside_b).sum((1, 2))
-    return torch.where(inside_a[:, None], pasted, x), rho_a, rho_b
+    rho_a = 1 - (maps_a * inside_a).sum((1, 2))  # Eq. 6 [paper]
+    rho_b = (maps_b * inside_b).sum((1, 2))
+    return torch.where(inside_a[:, None], pasted, x_a), rho_a, rho_b
 
 
 # ==================================================================================================
@@ -352,11 +360,14 @@ class Classifier(nn.Module):
             mean, std = [0.5] * 3, [0.5] * 3
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.stride = (
+            6 if arch == "tiny" else 16
+        )  # pixels from one cell of the features to the next
         if arch != "tiny":
             last = 4 if len(self.backbone) == 5 else 6  # last stage with a stride; 5: a ResNet
             for module in self.backbone[last].modules():
                 if getattr(module, "stride", None) == (2, 2):
-                    module.stride = (1, 1)  # maps have four times as many cells
+                    module.stride = (1, 1)  # 16, not 32: maps have four times as many cells
 
     def train(self, mode=True):
         super().train(mode)
@@ -379,8 +390,8 @@ def autocast(args):
 
 
 def learning_rate(step, steps):
-    """Share of the peak rate at a step: a linear warm-up over a tenth of the steps, at most 100,
-    then FixMatch's cosine, which ends at a fifth."""
+    """Learning-rate multiplier: a linear warm-up over a tenth of the steps, at most 100, and then
+    FixMatch's cosine, which ends at a fifth."""
     warm_up = min(100, max(1, steps // 10))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -421,37 +432,34 @@ def predict_all(net, images, args):
     return tuple(map(torch.cat, zip(*pairs, strict=True)))
 
 
-def draw(indices, n):
+def sample(indices, n):
     """n random elements of indices, drawn on the CPU."""
     return indices[torch.randint(len(indices), (n,)).to(indices.device)]
 
 
-@torch.no_grad()
-def percent_maps(net, x, y, args):
-    """Semantic percent maps (B, H, W) of the classes y (B,) in x (B, 3, H, W) in [0, 1]."""
-    _, features = predict_batch(net, x, args)
-    return percent_map(cam(features, net.head.weight, y, x.shape[2:]))
+def take(images, indices, args):
+    """Some of the images, on the run's device."""
+    return images[indices.to(images.device)].to(args.device)
 
 
 def label_quality(y, keep, truth):
     """How good pseudo-labels y (N,) are: {name: share}. truth: true classes, -1 if unknown."""
     quality = {"share kept": keep.float().mean().item()}
-    known = truth >= 0
-    if known.any():
-        right = (y == truth)[known].float()
-        quality["accuracy"] = right.mean().item()
-        quality["accuracy of kept"] = right[keep[known]].mean().item()
+    if (truth >= 0).all():
+        quality["accuracy"] = (y == truth).float().mean().item()
+        if keep.any():
+            quality["accuracy of kept"] = (y == truth)[keep].float().mean().item()
     return quality
 
 
 def train(name, train_set, split, args, folder, fingerprints):
-    """Train a method, the loop of all; returns its last checkpoint, all that --resume needs.
+    """The training loop of all methods; returns the last checkpoint, which --resume needs.
 
     split: indices of the labelled and the unlabelled images. fingerprints: of the data.
     """
     method = METHODS[name]
     torch.manual_seed(args.seed)
-    b, n_u, n_classes = args.batch_size, args.mu * args.batch_size, len(train_set.classes)
+    n_u, n_classes = args.mu * args.batch_size, len(train_set.classes)
     last = folder / f"last_{name}.pt"
     net = Classifier(args.arch, args.freeze, n_classes, args.pretrained and not last.exists())
     net = net.to(args.device, memory_format=torch.channels_last).train()  # faster convolutions
@@ -465,7 +473,8 @@ def train(name, train_set, split, args, folder, fingerprints):
     propagated = state["propagated"]  # by label propagation: q of all images (N, C), or None
     if propagated is not None:
         propagated = propagated.to(args.device)
-    images, labels = train_set.images.to(args.device), train_set.labels.to(args.device)
+    images = data.to_device_if_it_fits(train_set.images, args.device)
+    labels = train_set.labels.to(args.device)
     labelled, unlabelled = (i.to(args.device) for i in split)
     thresholds = torch.full((n_classes,), TAU, device=args.device)
     first = math.ceil(args.unlabelled_start * args.steps)
@@ -475,46 +484,49 @@ def train(name, train_set, split, args, folder, fingerprints):
     steps = range(state["step"], args.steps)
     bar = data.progress(steps, f"train {name}", args.steps, state["step"])
     for step in bar:
-        i = draw(labelled, b)
+        i = sample(labelled, args.batch_size)
         y_l = labels[i]
-        views = [strong_augment(weak_augment(images[i], args.size))]  # labelled: (B, 3, H, W)
+        x_l = weak_augment(take(images, i, args), args.size)  # labelled (B, 3, H, W)
+        views = [strong_augment(x_l)]
 
         if method.pseudo_labels and step >= first:
             if method.propagation and (step - first) % every == 0:
                 propagated = propagate_labels(ema, images, labels, split, args)
-            i = draw(unlabelled, n_u)
-            x_w = weak_augment(images[i], args.size)  # weak view (mu B, 3, H, W)
-            q = predict_batch(ema, x_w, args)[0] if propagated is None else propagated[i]
+            i = sample(unlabelled, n_u)
+            x_w = weak_augment(take(images, i, args), args.size)  # weak view (mu B, 3, H, W)
+            q, features = predict_batch(ema, x_w, args)
+            if method.propagation:
+                q = propagated[i]
             beta = min(BETA, 1 - 1 / (step - first + 1))  # see D4
             tau, p = update_thresholds(tau, p, q, beta)
             if method.adaptive:
                 thresholds = class_thresholds(tau, p)
             y, keep = pseudo_label(q, thresholds)
-            keep = keep.nonzero()[:, 0]
-            if len(keep):
-                x_w, y = x_w[keep], y[keep]
-                n_mixed = len(y) // 2 if method.mixing else 0
-                views.append(strong_augment(x_w[n_mixed:]))  # strong view
-                if n_mixed:
-                    x_w, y_a = x_w[:n_mixed], y[:n_mixed]
-                    partner = torch.arange(n_mixed, device=args.device).roll(1)
-                    if method.semantic:
-                        maps = percent_maps(ema, x_w, y_a, args)
-                    else:
-                        maps = torch.full_like(x_w[:, 0], 1 / (args.size[0] * args.size[1]))
-                    box_a = random_boxes(n_mixed, args.size).to(args.device)
-                    box_b = random_boxes(n_mixed, args.size).to(args.device)
-                    x_m, rho_a, rho_b = semantic_mix(x_w, maps, partner, box_a, box_b)
-                    views.append(strong_augment(x_m))  # mixed view
+            keep = keep.nonzero()[:, 0]  # once, as a GPU waits for the number of kept images
+            n_mixed = len(keep) // 2 if method.mixing else 0
+            mixed, unmixed = keep[:n_mixed], keep[n_mixed:]
+            if len(unmixed):
+                views.append(strong_augment(x_w[unmixed]))  # strong view
+            if n_mixed:
+                x_a, y_a = x_w[mixed], y[mixed]
+                maps = torch.full_like(x_a[:, 0], 1 / (args.size[0] * args.size[1]))
+                if method.semantic:
+                    maps = cam(features[mixed], ema.head.weight, y_a, args.size, ema.stride)
+                    maps = percent_map(maps)
+                box_a = random_boxes(n_mixed, args.size).to(args.device)
+                box_b = random_boxes(n_mixed, args.size).to(args.device)
+                x_b, maps_b, y_b = x_a.roll(1, 0), maps.roll(1, 0), y_a.roll(1)
+                x_m, rho_a, rho_b = semantic_mix(x_a, x_b, maps, maps_b, box_a, box_b)
+                views.append(strong_augment(x_m))  # mixed view
 
         with autocast(args):
             logits, _ = forward(torch.cat(views))  # all views share the statistics of batch norm
         logits = logits.split([len(x) for x in views])
         loss = F.cross_entropy(logits[0], y_l)
         if len(views) > 1:
-            loss += F.cross_entropy(logits[1], y[n_mixed:], reduction="sum") / n_u
+            loss += F.cross_entropy(logits[1], y[unmixed], reduction="sum") / n_u  # Eq. 8 [paper]
         if len(views) > 2:
-            loss += hybrid_loss(logits[2], y_a, y_a[partner], rho_a, rho_b).sum() / n_u
+            loss += hybrid_loss(logits[2], y_a, y_b, rho_a, rho_b).sum() / n_u
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
             raise DataError(f"{name}: loss is {loss:g} at step {step}: {todo}")
@@ -527,8 +539,8 @@ def train(name, train_set, split, args, folder, fingerprints):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             more = {"step": step + 1, "seconds": time.time() - began}
             more |= {"tau": tau, "p": p, "propagated": propagated}
-            if step + 1 == args.steps:
-                q = predict_all(ema, images, args)[0] if propagated is None else propagated
+            if step + 1 == args.steps and method.pseudo_labels:
+                q = propagated if method.propagation else predict_all(ema, images, args)[0]
                 y, keep = pseudo_label(q, thresholds)
                 more["quality"] = label_quality(y[unlabelled], keep[unlabelled], labels[unlabelled])
             state = data.save_checkpoint(last, METHOD, args, fingerprints, parts, **more)
@@ -547,34 +559,39 @@ def overlay(img, heat):
     return (0.45 * img.permute(1, 2, 0).numpy() + 0.55 * colours).astype("uint8")
 
 
-def draw_mixes(net, test, guess, args, path, n=5):
+@torch.no_grad()
+def predict_maps(net, images, y, args):
+    """Percent maps (B, H, W), on the CPU, of the classes y (B,) in uint8 (B, 3, H, W)."""
+    _, features = predict_batch(net, images.to(args.device).float() / 255, args)
+    maps = cam(features, net.head.weight, y.to(args.device), images.shape[2:], net.stride)
+    return percent_map(maps).cpu()
+
+
+def draw_mixes(net, test, predicted, args, path, n=5):
     """Draw n semantic mixes of test images; of images that are classified right, if there are.
 
-    guess: predicted classes (N,).
+    predicted: classes (N,).
     """
     torch.manual_seed(args.seed)
-    order = torch.randperm(len(guess))
-    wrong = (guess != test.labels)[order]
-    n = min(n, len(guess) // 2)
-    chosen = order[wrong.int().argsort(stable=True)][: 2 * n]  # n images a, then n images b
-    photos, size = test.images[chosen], test.images.shape[2:]  # uint8 (2n, 3, H, W)
-    x, y = photos.to(args.device).float() / 255, guess[chosen].to(args.device)
-    maps = percent_maps(net, x, y, args)
-    boxes = random_boxes(2 * n, size).to(args.device)
-    partner = torch.arange(2 * n, device=args.device).roll(n)
-    x_m, rho_a, rho_b = semantic_mix(x, maps, partner, boxes, boxes[partner])
-    mixed = (x_m * 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (2n, H, W, 3)
-    inside = box_mask(boxes, size).cpu()
-    rows = []
-    for a, b in zip(range(n), range(n, 2 * n), strict=True):
-        area_b = inside[b].float().mean()
-        area_a = 1 - inside[a].float().mean()
-        tiles = []
-        for k, rho, area in ((a, rho_a[a], area_a), (b, rho_b[a], area_b)):
-            photo, heat = photos[k].permute(1, 2, 0).numpy(), overlay(photos[k], maps[k].cpu())
-            tiles.append((photo, test.classes[guess[chosen[k]]]))
-            tiles.append((data.outline(heat, inside[k]), f"rho {rho:.2f}, area {area:.2f}"))
-        rows.append(("", [*tiles, (mixed[a], "")]))
+    order = torch.randperm(len(predicted))
+    is_wrong = (predicted != test.labels)[order]
+    n = min(n, len(predicted) // 2)
+    chosen = order[is_wrong.int().argsort(stable=True)][: 2 * n]  # n images a, then n images b
+    images, size = test.images[chosen], test.images.shape[2:]  # uint8 (2n, 3, H, W)
+    maps, boxes = predict_maps(net, images, predicted[chosen], args), random_boxes(2 * n, size)
+    inside = box_mask(boxes, size)  # (2n, H, W)
+    parts = [part for x in (images.float() / 255, maps, boxes) for part in x.chunk(2)]
+    mixed, rho_a, rho_b = semantic_mix(*parts)
+    rho, area = torch.cat([rho_a, rho_b]), inside.float().mean((1, 2))
+    area[:n] = 1 - area[:n]
+    tiles = []
+    for k, photo in enumerate(images):
+        heat = data.outline(overlay(photo, maps[k]), inside[k])
+        name = test.classes[predicted[chosen[k]]]
+        tiles.append([(photo.permute(1, 2, 0).numpy(), name)])
+        tiles[k].append((heat, f"rho {rho[k]:.2f}, area {area[k]:.2f}"))
+    mixed = (mixed * 255).byte().permute(0, 2, 3, 1).numpy()  # (n, H, W, 3)
+    rows = [("", [*tiles[k], *tiles[n + k], (mixed[k], "")]) for k in range(n)]
     titles = ["image a", "map of a and box", "image b", "map of b and box", "mix"]
     data.draw_sheet(titles, rows, path)
 
@@ -583,7 +600,7 @@ def classify_photo(photo, net, classes, args):
     """Classify a photo: its CAM laid over it, the predicted class and all probabilities."""
     q, _ = predict_all(net, photo.small[None], args)  # (1, C)
     y = q.argmax(1)
-    maps = percent_maps(net, photo.small[None].to(args.device).float() / 255, y, args).cpu()
+    maps = predict_maps(net, photo.small[None], y, args)  # of the whole photo, not of its centre
     findings = {"prediction": classes[y]}
     for name, p in zip(classes, q[0].tolist(), strict=True):
         findings[f"probability of {name}"] = f"{p:.6f}"
@@ -593,28 +610,28 @@ def classify_photo(photo, net, classes, args):
 # ==================================================================================================
 # 9. Beyond the paper: label propagation
 # ==================================================================================================
-# A classifier has seen few labels, but pretrained features tell better which images are alike. Here
-# the pseudo-labels of all images, and the true labels of the labelled ones, are averaged over the
-# nearest neighbours of each image, so that a wrong one is outvoted where most neighbours are right.
+# Pretrained features find similar images more reliably than a classifier that has seen few labels.
+# Here the pseudo-labels of all images, and the true labels of the labelled ones, are averaged over
+# the nearest neighbours of each image: a wrong one is outvoted if most neighbours are right.
 
 
 def align(q, p, prior):
-    """Distribution alignment [ReMixMatch]: q (B, C) of mean p (C,) gets the mean prior (C,)."""
+    """Distribution alignment [ReMixMatch]: rescale q (B, C) from its mean p (C,) towards prior."""
     q = q * prior / p.clamp(min=1e-12)  # not 0 / 0 for a class that has no labelled image
     return q / q.sum(1, keepdim=True)
 
 
-def propagate(q, features, k, own=0.1, times=10):
-    """Label propagation, as [Iscen 2019]: q (N, C) averaged over k-nearest neighbours, (N, C).
+def propagate(q, features, k, own=0.1, rounds=10):
+    """Label propagation, as [Iscen 2019]: q (N, C) averaged over k nearest neighbours, (N, C).
 
-    features: (N, K), not negative. own: the weight of an image itself in each of `times` rounds.
+    features: (N, D), not negative. own: the weight of an image itself in each of `rounds` rounds.
     """
     z = features.sqrt()  # so that no single strong feature decides which images are alike
     z = F.normalize(z - z.mean(0), dim=1)
     k = min(k, len(z) - 1)
     near = torch.cat([(z_b @ z.T).topk(k + 1).indices[:, 1:] for z_b in z.split(1024)])  # (N, k)
     propagated = q
-    for _ in range(times):
+    for _ in range(rounds):
         propagated = own * q + (1 - own) * propagated[near].mean(1)  # Eq. 9 [ours]
     return propagated
 
@@ -628,7 +645,7 @@ def propagate_labels(ema, images, labels, split, args):
     q = align(q, q[unlabelled].mean(0), prior)
     q[labelled] = known
     q = propagate(q, features, NEIGHBOURS)
-    q = align(q, q[unlabelled].mean(0), prior) ** 3  # sharper: a mean over many is never confident
+    q = align(q, q[unlabelled].mean(0), prior) ** 3  # sharpen: averages are rarely confident
     return q / q.sum(1, keepdim=True)
 
 
@@ -657,7 +674,7 @@ def make_network(args, n_classes, weights):
 
 
 def try_step(args, n_classes):
-    """Load the ImageNet weights and run a step of full size, so that what cannot work fails now."""
+    """Load the ImageNet weights and run one step of full size, to fail early."""
     net = Classifier(args.arch, args.freeze, n_classes, args.pretrained).to(args.device)
     views = 1 + args.mu if any(METHODS[m].pseudo_labels for m in args.method) else 1
     with autocast(args):
@@ -682,7 +699,8 @@ def train_all(train_set, test, args, folder):
     more = {"classes": classes, "n_train": len(labels), "n_labelled": len(labelled)}
     more["nets"] = {m: state["ema"] for m, state in states.items()}
     more["seconds"] = {m: round(state["seconds"]) for m, state in states.items()}
-    more["pseudo_labels"] = {m: state["quality"] for m, state in states.items()}
+    quality = {m: state["quality"] for m, state in states.items() if "quality" in state}
+    more["pseudo_labels"] = quality
     data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
 
 
@@ -710,13 +728,13 @@ def run(args):
     rows = {}
     for method, weights in state["nets"].items():
         net = make_network(args, len(test.classes), weights)
-        guess = predict_all(net, test.images, args)[0].argmax(1).cpu()  # (N,)
-        rows[method] = {"accuracy": (guess == test.labels).float().mean().item()}
+        predicted = predict_all(net, test.images, args)[0].argmax(1).cpu()  # (N,)
+        rows[method] = {"accuracy": (predicted == test.labels).float().mean().item()}
     names = ("n_labelled", "n_train", "seconds", "pseudo_labels")
     more = {"n_images": len(test.labels)} | {name: state[name] for name in names}
     data.write_result(folder / "result.json", METHOD, args, rows, **more)
     data.print_table(rows)
-    draw_mixes(net, test, guess, args, folder / "mix.png")  # of the last method
+    draw_mixes(net, test, predicted, args, folder / "mix.png")  # of the last method
     print(f"\n{len(test.labels)} test images. Open {folder / 'mix.png'}")
 
 

@@ -64,12 +64,12 @@ def calls(part, tmp_path):
     if part.__name__ == "align":
         return part(q, q.mean(0), torch.tensor([0.5, 0.5])).sum(1).allclose(torch.ones(2))
     if part.__name__ == "cam":
-        return part(img, torch.eye(3), y, (32, 48)).shape == (2, 32, 48)
+        return part(img, torch.eye(3), y, (32, 48), stride=2).shape == (2, 32, 48)
     if part.__name__ == "percent_map":
         return part(img[:, 0]).sum((1, 2)).allclose(torch.ones(2))
     if part.__name__ == "semantic_mix":
         boxes, maps = torch.tensor([[0, 0, 12, 8]]).expand(2, 4), torch.full((2, 16, 24), 1 / 384)
-        mixed, rho_a, rho_b = part(img, maps, y.flip(0), boxes, boxes)
+        mixed, rho_a, rho_b = part(img, img.flip(0), maps, maps, boxes, boxes)
         return mixed.shape == img.shape and (rho_a + rho_b).allclose(torch.ones(2))
     if part.__name__ == "hybrid_loss":
         ones = torch.ones(2)

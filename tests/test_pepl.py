@@ -17,7 +17,7 @@ import pepl
 def test_cam_and_percent_map_against_loops():
     torch.manual_seed(0)
     features, weight, y = torch.randn(2, 3, 4, 4), torch.randn(5, 3), torch.tensor([4, 1])
-    maps = pepl.cam(features, weight, y, (4, 4))
+    maps = pepl.cam(features, weight, y, (4, 4), stride=1)
     for b, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(4)):
         want = sum(weight[y[b], k] * max(features[b, k, i, j], 0) for k in range(3))
         assert maps[b, i, j] == pytest.approx(want.item(), abs=1e-5)
@@ -25,16 +25,19 @@ def test_cam_and_percent_map_against_loops():
         assert shares.min() >= 0 and torch.allclose(shares.sum((1, 2)), torch.ones(2))
 
 
-def test_a_cell_of_the_map_is_drawn_where_it_looks():
+@pytest.mark.parametrize("size", [48, 55])
+def test_a_cell_of_the_map_is_drawn_where_it_looks(size):
     torch.manual_seed(0)
-    x = torch.rand(2, 3, 48, 48, requires_grad=True)
-    features = pepl.Classifier("tiny", 0, 5).eval()(x)[1]  # (2, 128, 8, 8)
+    x = torch.rand(2, 3, size, size, requires_grad=True)
+    net = pepl.Classifier("tiny", 0, 5).eval()
+    features = net(x)[1]  # (2, 128, 8, 8), or 10 x 10
     features[:, :, 4, 3].square().sum().backward()
     cell = torch.zeros_like(features)
     cell[:, :, 4, 3] = 1
-    drawn = pepl.cam(cell, torch.ones(5, 128), torch.tensor([0, 1]), (48, 48))[0]
-    place = torch.arange(48.0)
-    for weight in (x.grad.abs().sum((0, 1)), drawn):  # (48, 48): their centres of mass
+    y, weight = torch.tensor([0, 1]), torch.ones(5, 128)
+    drawn = pepl.cam(cell, weight, y, (size, size), net.stride)[0]
+    place = torch.arange(float(size))
+    for weight in (x.grad.abs().sum((0, 1)), drawn):  # (size, size): their centres of mass
         weight = weight / weight.sum()
         assert (weight.sum(1) @ place).item() == pytest.approx(24, abs=0.5)
         assert (weight.sum(0) @ place).item() == pytest.approx(18, abs=0.5)
@@ -77,7 +80,7 @@ def test_neighbours_against_loops_and_outvote_a_wrong_label():
     for _ in range(4):
         near = [sorted(set(range(12)) - {i}, key=lambda j: -like[i, j])[:3] for i in range(12)]
         want = torch.stack([0.2 * q[i] + 0.8 * want[near[i]].mean(0) for i in range(12)])
-    torch.testing.assert_close(pepl.propagate(q, features, k=3, own=0.2, times=4), want)
+    torch.testing.assert_close(pepl.propagate(q, features, k=3, own=0.2, rounds=4), want)
     few = pepl.propagate(q[:4], features[:4], k=8)  # of fewer images than neighbours are asked for
     assert few.shape == (4, 3) and few.isfinite().all()
 
@@ -111,7 +114,7 @@ def test_semantic_mix_against_brute_force_and_changes_nothing_else():
     box_a = [[2, 1, 7, 5], [0, 0, 3, 2], [0, 0, 12, 8]]
     box_b = [[4, 2, 9, 6], [6, 4, 12, 8], [0, 0, 12, 8]]
     boxes = torch.tensor(box_a), torch.tensor(box_b)
-    mix, rho_a, rho_b = pepl.semantic_mix(x, maps, partner, *boxes)
+    mix, rho_a, rho_b = pepl.semantic_mix(x, x[partner], maps, maps[partner], *boxes)
     for b in range(3):
         (left, t, r, s), (l2, t2, r2, s2) = box_a[b], box_b[b]
         assert rho_a[b] == pytest.approx(1 - maps[b, t:s, left:r].sum().item(), abs=1e-5)
