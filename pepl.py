@@ -442,16 +442,6 @@ def take(images, indices, args):
     return images[indices.to(images.device)].to(args.device)
 
 
-def label_quality(y, keep, truth):
-    """How good pseudo-labels y (N,) are: {name: share}. truth: true classes, -1 if unknown."""
-    quality = {"share kept": keep.float().mean().item()}
-    if (truth >= 0).all():
-        quality["accuracy"] = (y == truth).float().mean().item()
-        if keep.any():
-            quality["accuracy of kept"] = (y == truth)[keep].float().mean().item()
-    return quality
-
-
 def train(name, train_set, split, args, folder, fingerprints):
     """The training loop of all methods; returns the last checkpoint, which --resume needs.
 
@@ -539,10 +529,6 @@ def train(name, train_set, split, args, folder, fingerprints):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             more = {"step": step + 1, "seconds": time.time() - began}
             more |= {"tau": tau, "p": p, "propagated": propagated}
-            if step + 1 == args.steps and method.pseudo_labels:
-                q = propagated if method.propagation else predict_all(ema, images, args)[0]
-                y, keep = pseudo_label(q, thresholds)
-                more["quality"] = label_quality(y[unlabelled], keep[unlabelled], labels[unlabelled])
             state = data.save_checkpoint(last, METHOD, args, fingerprints, parts, **more)
     return state
 
@@ -682,6 +668,25 @@ def try_step(args, n_classes):
     logits.sum().backward()
 
 
+def label_quality(method, state, train_set, unlabelled, args):
+    """How good the last pseudo-labels of the unlabelled images are: {name: share}."""
+    q = state["propagated"]  # (N, C)
+    if q is None:
+        net = make_network(args, len(train_set.classes), state["ema"])
+        q, _ = predict_all(net, train_set.images, args)
+    thresholds = torch.full((q.shape[1],), TAU)
+    if method.adaptive:
+        thresholds = class_thresholds(state["tau"], state["p"]).cpu()
+    y, keep = pseudo_label(q.cpu()[unlabelled], thresholds)
+    quality = {"share kept": keep.float().mean().item()}
+    truth = train_set.labels[unlabelled]
+    if (truth >= 0).all():
+        quality["accuracy"] = (y == truth).float().mean().item()
+        if keep.any():
+            quality["accuracy of kept"] = (y == truth)[keep].float().mean().item()
+    return quality
+
+
 def train_all(train_set, test, args, folder):
     """Train the methods of --method; writes best.pt."""
     labels, classes = train_set.labels, train_set.classes
@@ -699,8 +704,11 @@ def train_all(train_set, test, args, folder):
     more = {"classes": classes, "n_train": len(labels), "n_labelled": len(labelled)}
     more["nets"] = {m: state["ema"] for m, state in states.items()}
     more["seconds"] = {m: round(state["seconds"]) for m, state in states.items()}
-    quality = {m: state["quality"] for m, state in states.items() if "quality" in state}
-    more["pseudo_labels"] = quality
+    more["pseudo_labels"] = {
+        m: label_quality(METHODS[m], state, train_set, unlabelled, args)
+        for m, state in states.items()
+        if METHODS[m].pseudo_labels
+    }
     data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
 
 
