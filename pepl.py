@@ -31,7 +31,9 @@ D3  Early pseudo-labels are no better than chance, so training starts on labelle
 D4  tau and p (Eqs. 1, 2) start as plain running means; from FreeMatch's 1/C, nearly every
     pseudo-label would be kept for long.
 D5  Images that are not kept add no loss, but count in the denominator of Eq. 8.
-D6  Augmentations are hand-made and run on the GPU; the last stride of the network is undone.
+D6  Distribution alignment [ReMixMatch]: pseudo-labels get the class shares of the labelled images,
+    for all methods. With equal shares p is nearly uniform, and so are the thresholds of Eq. 3.
+D7  Augmentations are hand-made and run on the GPU; the last stride of the network is undone.
 The control `freematch` has no fairness term. The control `cutmix` makes PEPL's mixes and weights
 labels by the areas of the boxes; the original CutMix has one box for both images.
 """
@@ -205,8 +207,14 @@ def strong_augment(x):
 # ==================================================================================================
 # 3. Pseudo-labels and their thresholds
 # ==================================================================================================
-# q: the probabilities of the EMA network on weak views. A pseudo-label is the most probable class;
-# it is kept if its probability reaches the threshold of that class.
+# q: the aligned probabilities of the EMA network on weak views. A pseudo-label is the most probable
+# class; it is kept if its probability reaches the threshold of that class.
+
+
+def align(q, p, prior):
+    """Distribution alignment [ReMixMatch]: rescale q (B, C) from its mean p (C,) towards prior."""
+    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0 for a class that has no labelled image
+    return q / q.sum(1, keepdim=True)
 
 
 def update_thresholds(tau, p, q, beta):
@@ -442,6 +450,16 @@ def take(images, indices, args):
     return images[indices.to(images.device)].to(args.device)
 
 
+def label_quality(y, keep, truth):
+    """How good pseudo-labels y (N,) are, {name: share}; accuracies only if all labels are known."""
+    quality = {"share kept": keep.float().mean().item()}
+    if (truth >= 0).all():
+        quality["accuracy"] = (y == truth).float().mean().item()
+        if keep.any():
+            quality["accuracy of kept"] = (y == truth)[keep].float().mean().item()
+    return quality
+
+
 def train(name, train_set, split, args, folder, fingerprints):
     """The training loop of all methods; returns the last checkpoint, which --resume needs.
 
@@ -457,16 +475,17 @@ def train(name, train_set, split, args, folder, fingerprints):
     opt, scheduler = make_optimizer(net, args)
     parts = {"net": net, "ema": ema, "opt": opt, "scheduler": scheduler}
     state = {"step": 0, "seconds": 0.0, "propagated": None}
-    state |= {"tau": torch.tensor(0.0), "p": torch.zeros(n_classes)}
+    state |= {"tau": torch.tensor(0.0), "p": torch.zeros(n_classes), "mean": torch.zeros(n_classes)}
     state |= data.resume(last, METHOD, args, fingerprints, parts)
-    tau, p = state["tau"].to(args.device), state["p"].to(args.device)
+    tau, p, mean = (state[name].to(args.device) for name in ("tau", "p", "mean"))
     propagated = state["propagated"]  # by label propagation: q of all images (N, C), or None
     if propagated is not None:
         propagated = propagated.to(args.device)
     images = data.to_device_if_it_fits(train_set.images, args.device)
     labels = train_set.labels.to(args.device)
     labelled, unlabelled = (i.to(args.device) for i in split)
-    thresholds = torch.full((n_classes,), TAU, device=args.device)
+    prior = labels[labelled].bincount(minlength=n_classes) / len(labelled)  # (C,)
+    thresholds = torch.full_like(prior, TAU)
     first = math.ceil(args.unlabelled_start * args.steps)
     every = max(3, args.steps // 20)  # steps between two label propagations
     forward = torch.compile(net) if args.compile else net
@@ -481,13 +500,15 @@ def train(name, train_set, split, args, folder, fingerprints):
 
         if method.pseudo_labels and step >= first:
             if method.propagation and (step - first) % every == 0:
-                propagated = propagate_labels(ema, images, labels, split, args)
+                propagated = propagate_labels(ema, images, labels, split, prior, args)
             i = sample(unlabelled, n_u)
             x_w = weak_augment(take(images, i, args), args.size)  # weak view (mu B, 3, H, W)
             q, features = predict_batch(ema, x_w, args)
             if method.propagation:
                 q = propagated[i]
             beta = min(BETA, 1 - 1 / (step - first + 1))  # see D4
+            mean = beta * mean + (1 - beta) * q.mean(0)
+            q = align(q, mean, prior)  # see D6
             tau, p = update_thresholds(tau, p, q, beta)
             if method.adaptive:
                 thresholds = class_thresholds(tau, p)
@@ -528,7 +549,11 @@ def train(name, train_set, split, args, folder, fingerprints):
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             more = {"step": step + 1, "seconds": time.time() - began}
-            more |= {"tau": tau, "p": p, "propagated": propagated}
+            more |= {"tau": tau, "p": p, "mean": mean, "propagated": propagated}
+            if step + 1 == args.steps and method.pseudo_labels:
+                q = propagated if method.propagation else predict_all(ema, images, args)[0]
+                y, keep = pseudo_label(align(q, q[unlabelled].mean(0), prior), thresholds)
+                more["quality"] = label_quality(y[unlabelled], keep[unlabelled], labels[unlabelled])
             state = data.save_checkpoint(last, METHOD, args, fingerprints, parts, **more)
     return state
 
@@ -601,12 +626,6 @@ def classify_photo(photo, net, classes, args):
 # the nearest neighbours of each image: a wrong one is outvoted if most neighbours are right.
 
 
-def align(q, p, prior):
-    """Distribution alignment [ReMixMatch]: rescale q (B, C) from its mean p (C,) towards prior."""
-    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0 for a class that has no labelled image
-    return q / q.sum(1, keepdim=True)
-
-
 def propagate(q, features, k, own=0.1, rounds=10):
     """Label propagation, as [Iscen 2019]: q (N, C) averaged over k nearest neighbours, (N, C).
 
@@ -622,14 +641,12 @@ def propagate(q, features, k, own=0.1, rounds=10):
     return propagated
 
 
-def propagate_labels(ema, images, labels, split, args):
+def propagate_labels(ema, images, labels, split, prior, args):
     """Pseudo-labels (N, C) of all training images by label propagation."""
     labelled, unlabelled = split
     q, features = predict_all(ema, images, args)
-    known = F.one_hot(labels[labelled], q.shape[1]).float()
-    prior = known.mean(0)  # (C,)
     q = align(q, q[unlabelled].mean(0), prior)
-    q[labelled] = known
+    q[labelled] = F.one_hot(labels[labelled], len(prior)).float()
     q = propagate(q, features, NEIGHBOURS)
     q = align(q, q[unlabelled].mean(0), prior) ** 3  # sharpen: averages are rarely confident
     return q / q.sum(1, keepdim=True)
@@ -668,25 +685,6 @@ def try_step(args, n_classes):
     logits.sum().backward()
 
 
-def label_quality(method, state, train_set, unlabelled, args):
-    """How good the last pseudo-labels of the unlabelled images are: {name: share}."""
-    q = state["propagated"]  # (N, C)
-    if q is None:
-        net = make_network(args, len(train_set.classes), state["ema"])
-        q, _ = predict_all(net, train_set.images, args)
-    thresholds = torch.full((q.shape[1],), TAU)
-    if method.adaptive:
-        thresholds = class_thresholds(state["tau"], state["p"]).cpu()
-    y, keep = pseudo_label(q.cpu()[unlabelled], thresholds)
-    quality = {"share kept": keep.float().mean().item()}
-    truth = train_set.labels[unlabelled]
-    if (truth >= 0).all():
-        quality["accuracy"] = (y == truth).float().mean().item()
-        if keep.any():
-            quality["accuracy of kept"] = (y == truth)[keep].float().mean().item()
-    return quality
-
-
 def train_all(train_set, test, args, folder):
     """Train the methods of --method; writes best.pt."""
     labels, classes = train_set.labels, train_set.classes
@@ -704,11 +702,8 @@ def train_all(train_set, test, args, folder):
     more = {"classes": classes, "n_train": len(labels), "n_labelled": len(labelled)}
     more["nets"] = {m: state["ema"] for m, state in states.items()}
     more["seconds"] = {m: round(state["seconds"]) for m, state in states.items()}
-    more["pseudo_labels"] = {
-        m: label_quality(METHODS[m], state, train_set, unlabelled, args)
-        for m, state in states.items()
-        if METHODS[m].pseudo_labels
-    }
+    used = [m for m in args.method if METHODS[m].pseudo_labels]
+    more["pseudo_labels"] = {m: states[m]["quality"] for m in used}
     data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
 
 

@@ -96,13 +96,15 @@ def test_labels_reach_alike_images_and_hidden_ones_do_not(monkeypatch):
     said, features = torch.rand(30, 3).softmax(1), F.one_hot(kind, 3) + 0.3 * torch.rand(30, 3)
     monkeypatch.setattr(pepl, "predict_all", lambda *_: (said, features))
 
+    prior = torch.ones(3) / 3
+
     def propagated(labels):
-        return pepl.propagate_labels(None, None, labels, split, None)
+        return pepl.propagate_labels(None, None, labels, split, prior, None)
 
     q = propagated(torch.where(torch.arange(30) < 9, kind, -1))
     assert torch.equal(q, propagated(kind)) and (q.argmax(1) == kind).all()
     torch.testing.assert_close(q.sum(1), torch.ones(30))
-    said = F.pad(said, (0, 1))  # a fourth class, without a labelled image
+    said, prior = F.pad(said, (0, 1)), F.pad(prior, (0, 1))  # a class without a labelled image
     assert propagated(kind).isfinite().all()
 
 
