@@ -58,8 +58,8 @@ SUMMARY = {
         [(ISIC, "diffseg_crf", "with CRF")],
         [(ISIC, "diffseg_student", "student")],
         [
-            (ISIC, "tags_unet_crf", "control with CRF"),
-            (ISIC, "tags_student", "control's student"),
+            (ISIC, "tags_unet_crf", "U-Net with CRF"),
+            (ISIC, "tags_student", "its student"),
         ],
         [(ISIC, "unet", "all masks")],
     ),
