@@ -305,6 +305,17 @@ def semantic_mix(x_a, x_b, maps_a, maps_b, box_a, box_b):
     return torch.where(inside_a[:, None], pasted, x_a), rho_a, rho_b
 
 
+def mix_batch(x, y, maps):
+    """Mix each image of x (B, 3, H, W), as image a, with the one before it, as image b.
+
+    y: classes (B,). maps: percent maps (B, H, W); uniform ones weight the labels by areas. Returns
+    the mixed images and what hybrid_loss needs: y_a, y_b, rho_a, rho_b, each (B,).
+    """
+    box_a, box_b = (random_boxes(len(x), x.shape[2:]).to(x.device) for _ in range(2))
+    mixed, rho_a, rho_b = semantic_mix(x, x.roll(1, 0), maps, maps.roll(1, 0), box_a, box_b)
+    return mixed, y, y.roll(1), rho_a, rho_b
+
+
 # ==================================================================================================
 # 5. Loss
 # ==================================================================================================
@@ -368,9 +379,7 @@ class Classifier(nn.Module):
             mean, std = [0.5] * 3, [0.5] * 3
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-        self.stride = (
-            6 if arch == "tiny" else 16
-        )  # pixels from one cell of the features to the next
+        self.stride = 6 if arch == "tiny" else 16  # pixels from a cell of the features to the next
         if arch != "tiny":
             last = 4 if len(self.backbone) == 5 else 6  # last stage with a stride; 5: a ResNet
             for module in self.backbone[last].modules():
@@ -519,15 +528,11 @@ def train(name, train_set, split, args, folder, fingerprints):
             if len(unmixed):
                 views.append(strong_augment(x_w[unmixed]))  # strong view
             if n_mixed:
-                x_a, y_a = x_w[mixed], y[mixed]
-                maps = torch.full_like(x_a[:, 0], 1 / (args.size[0] * args.size[1]))
+                maps = torch.full_like(x_w[mixed, 0], 1 / (args.size[0] * args.size[1]))
                 if method.semantic:
-                    maps = cam(features[mixed], ema.head.weight, y_a, args.size, ema.stride)
+                    maps = cam(features[mixed], ema.head.weight, y[mixed], args.size, ema.stride)
                     maps = percent_map(maps)
-                box_a = random_boxes(n_mixed, args.size).to(args.device)
-                box_b = random_boxes(n_mixed, args.size).to(args.device)
-                x_b, maps_b, y_b = x_a.roll(1, 0), maps.roll(1, 0), y_a.roll(1)
-                x_m, rho_a, rho_b = semantic_mix(x_a, x_b, maps, maps_b, box_a, box_b)
+                x_m, *targets = mix_batch(x_w[mixed], y[mixed], maps)
                 views.append(strong_augment(x_m))  # mixed view
 
         with autocast(args):
@@ -537,7 +542,7 @@ def train(name, train_set, split, args, folder, fingerprints):
         if len(views) > 1:
             loss += F.cross_entropy(logits[1], y[unmixed], reduction="sum") / n_u  # Eq. 8 [paper]
         if len(views) > 2:
-            loss += hybrid_loss(logits[2], y_a, y_b, rho_a, rho_b).sum() / n_u
+            loss += hybrid_loss(logits[2], *targets).sum() / n_u
         if not loss.isfinite():
             todo = "try a third of --lr and --lr-backbone, or --amp off"
             raise DataError(f"{name}: loss is {loss:g} at step {step}: {todo}")
