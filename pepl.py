@@ -109,8 +109,8 @@ def parse_args(argv=None):
     add("--lr-backbone", type=number(1e-9, 10), help=lr)
     labels = "labelled images of each class; by default 4, on synthetic images 6"
     add("--labels-per-class", type=whole(1), help=labels)
-    default = ["supervised", "freematch", "pepl"]
-    add("--method", nargs="+", default=default, choices=METHODS, help="train and compare these")
+    method = "train and compare these; by default supervised freematch pepl, with --pretrained "
+    add("--method", nargs="+", choices=METHODS, help=method + "also pepl_propagation")
     arch = "tiny, efficientnet_lite0 (default with --pretrained), or a ResNet, ResNeXt or "
     arch += "EfficientNet of torchvision, such as resnet50"
     add("--arch", choices=NETWORKS, metavar="NAME", help=arch)
@@ -122,7 +122,8 @@ def parse_args(argv=None):
     add("--unlabelled-start", type=number(0, 1), default=0.3, help=start)
     args = p.parse_args(argv)
     args.arch = args.arch or ("efficientnet_lite0" if args.pretrained else "tiny")
-    p.set_defaults(arch=args.arch, steps=1200, freeze=0)
+    method = ["supervised", "freematch", "pepl"]
+    p.set_defaults(arch=args.arch, steps=1200, freeze=0, method=method)
     p.set_defaults(labels_per_class=6 if args.data == "synthetic" else 4)
     if args.arch == "tiny":
         p.set_defaults(size="48", batch_size=32, lr=0.05, lr_backbone=0.05)
@@ -130,7 +131,8 @@ def parse_args(argv=None):
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
     if args.pretrained:
         stages = 3 if args.arch.startswith("eff") else 2  # up to 1/8 of the input's resolution
-        p.set_defaults(steps=1050, lr_backbone=0.01, freeze=stages)
+        method.append("pepl_propagation")
+        p.set_defaults(steps=1050, lr_backbone=0.01, freeze=stages, method=method)
     if args.quick:
         p.set_defaults(steps=6, batch_size=8, save_every=2)
     args = data.parse_flags(p, argv, METHOD)

@@ -52,6 +52,7 @@ NAMES = {
 # tables, name); None if it was not measured.
 COLUMNS = ["the paper's method", "with our additions", "controls", "ceiling"]
 ISIC, EXEMPLARS = "diffseg_isic2018_seed*", "caudo_diff_isic2018_*"
+BIRDS = "pepl_cub100_seed*"
 SUMMARY = {
     "DiffSeg": (
         "dice",
@@ -65,9 +66,13 @@ SUMMARY = {
     ),
     "PEPL": (
         "accuracy",
-        [None],
-        [None],
-        [None],
+        [(BIRDS, "pepl", "maps")],
+        [(BIRDS, "pepl_propagation", "propagation")],
+        [
+            (BIRDS, "freematch", "FreeMatch"),
+            (BIRDS, "freematch_propagation", "its propagation"),
+            (BIRDS, "cutmix", "CutMix"),
+        ],
         [None],
     ),
     "Caudo-Diff": (
