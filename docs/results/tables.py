@@ -73,7 +73,7 @@ SUMMARY = {
             (BIRDS, "freematch_propagation", "its propagation"),
             (BIRDS, "cutmix", "CutMix"),
         ],
-        [None],
+        [("pepl_cub100_all_labels_seed0", "supervised", "all labels")],
     ),
     "Caudo-Diff": (
         "dice",
