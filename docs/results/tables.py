@@ -70,10 +70,10 @@ SUMMARY = {
         [(BIRDS, "pepl_propagation", "propagation")],
         [
             (BIRDS, "freematch", "FreeMatch"),
-            (BIRDS, "freematch_propagation", "its propagation"),
+            (BIRDS, "freematch_propagation", "propagation"),
             (BIRDS, "cutmix", "CutMix"),
         ],
-        [("pepl_cub100_all_labels_seed0", "supervised", "all labels")],
+        [("pepl_cub100_all_labels_seed0", "supervised", "seed 0")],
     ),
     "Caudo-Diff": (
         "dice",
