@@ -33,7 +33,7 @@ D4  tau and p (Eqs. 1, 2) start as plain running means; from FreeMatch's 1 / num
     almost every pseudo-label would be kept for a long time.
 D5  Images that are not kept add no loss, but count in the denominator of Eq. 8.
 D6  Distribution alignment [ReMixMatch]: pseudo-labels get the class shares of the labelled images,
-    for all methods. If the shares are equal, so nearly are the thresholds of Eq. 3.
+    for all methods. If the shares are equal, the thresholds of Eq. 3 hardly differ.
 D7  Augmentations are our own and run on whole batches. The last stage with stride 2 has stride 1.
 The control `freematch` has no fairness term. The control `cutmix` makes PEPL's mixes and weights
 labels by the areas of the boxes; the original CutMix has one box for both images.
@@ -181,7 +181,7 @@ def weak_augment(images, size):
 
 
 def strong_augment(x):
-    """Heavily augment x (B, 3, H, W) in [0, 1], each image differently, much as RandAugment.
+    """Heavily augment x (B, 3, H, W) in [0, 1], each image differently, similar to RandAugment.
 
     A random affine warp, then five changes, each of a random half of the images: contrast and
     brightness, saturation, posterization, blur or sharpening, cutout.
@@ -204,9 +204,8 @@ def strong_augment(x):
     blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = torch.where(changed[3], (x + sharpness * (x - blurred)).clamp(0, 1), x)
     columns, rows = (torch.linspace(-1, 1, n, device=x.device) for n in (w, h))
-    hole = ((columns - column).abs() < 0.35) & (
-        (rows[:, None] - row).abs() < 0.35
-    )  # 1/3 of the side
+    # a hole with sides of a third of the image's
+    hole = ((columns - column).abs() < 0.35) & ((rows[:, None] - row).abs() < 0.35)
     return torch.where(changed[4] & hole, torch.full_like(x, 0.5), x)
 
 
@@ -273,7 +272,7 @@ def percent_map(maps):
 
 def random_boxes(b, size, alpha=5.0):
     """b random boxes (b, 4) in an image of size (H, W): left, top, right, bottom, whole pixels."""
-    lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))  # mostly 0.2 to 0.8; as SnapMix
+    lam = torch.distributions.Beta(alpha, alpha).sample((b, 1))  # mostly 0.2 to 0.8; as in SnapMix
     side = torch.tensor([size[1], size[0]])  # (W, H)
     half, centre = (1 - lam).sqrt() * side / 2, torch.rand(b, 2) * side  # Eq. 6 [paper]
     low = (centre - half).round().clamp(min=0).minimum(side - 1)  # at least one pixel
@@ -358,7 +357,7 @@ def make_backbone(arch, pretrained):
         return data.efficientnet_lite0(pretrained).features, 1280
     try:
         net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except Exception as error:  # download, hash check or file: it can have any type
+    except Exception as error:  # of the download, the hash or the file: any type
         why = f"{arch}: ImageNet weights could not be loaded ({error})"
         raise DataError(f"{why}; check the connection or leave --pretrained out") from error
     if isinstance(net, EfficientNet):
@@ -677,7 +676,7 @@ def stored_size(args):
 
 def load(split, args):
     """The training or test images."""
-    few = 400 if args.quick else None  # about two images a class of 200 classes
+    few = 400 if args.quick else None  # about two images for each of 200 classes
     size, workers = stored_size(args), args.num_workers
     return data.load_classification(args.data, args.data_root, split, size, few, workers)
 
