@@ -657,8 +657,15 @@ def _folders(name, root, split):
 
 
 def has_masks(name, root, split):
-    """Return whether a split has masks: always, but for a folder without the subfolder masks."""
-    return name != "folder" or any(p.is_dir() for p in _folders(name, Path(root), split)[1])
+    """Return whether at least half of the images of a split have masks, not just an exemplar."""
+    if name != "folder":
+        return True
+    folder, mask_folders, _ = _folders(name, Path(root), split)
+    mask_folders = [place for place in mask_folders if place.is_dir()]
+    if not folder.is_dir():
+        return bool(mask_folders)
+    n = len(find_images(folder))
+    return any(2 * len(find_images(place)) >= n for place in mask_folders)
 
 
 def find_pairs(name, root, split, required=None):
@@ -667,7 +674,7 @@ def find_pairs(name, root, split, required=None):
     An id is the name of an image without suffix, with its subfolders if names repeat. required:
     ids of the images that must have masks; by default all. folder: <root>/<split>/{images,masks},
     for several raters masks_1, masks_2 ...; without val, a tenth of train; without splits,
-    80/10/10 %, or all for training if there are no masks. isic2018: the official folders,
+    80/10/10 %, or all for training if few or none have masks. isic2018: the official folders,
     downloaded if missing. Raises DataError.
     """
     folder, mask_folders, missing_splits = _folders(name, root, split)

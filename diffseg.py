@@ -350,7 +350,7 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 def add_noise(x0, t, eps):
     """Add noise eps to x0, both (B, C, H, W), at step t, int64 (B,) in 0..T-1. Returns xt."""
     a = ALPHA_BAR.to(x0.device)[t][:, None, None, None]  # (B, 1, 1, 1)
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [paper]
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps  # Eq. 1 [Ho 2020]
 
 
 def diffseg_loss(net, batch):

@@ -3,6 +3,7 @@
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,25 @@ def calls(part, tmp_path):
         return part(q.log(), y, y, ones, 0 * ones).allclose(-q.amax(1).log())
     if part.__name__ == "propagate":
         return part(q.repeat(4, 1), torch.rand(8, 5), k=3).shape == (8, 2)
+    if part.__name__ == "ddim_step":
+        return torch.allclose(part(part(img, img / 2, 100, 400), img / 2, 400, 100), img, atol=1e-4)
+    if part.__name__ == "Denoiser":
+        z, c = torch.rand(2, 8, 4, 6), torch.rand(2, 69, 4, 6)
+        return part([9, 1, 2, 2, 9])(z, 400, c).shape == z.shape
+    if part.__name__ == "calibrate":
+        autoencoder = SimpleNamespace(encode=torch.logit, decode=lambda z: z)
+        p = 0.2 + 0.6 * img[:, :1]
+        # a denoiser that finds the true mask, img, in the guide
+        states = part(autoencoder, lambda z, t, c: c[:, :1].where(c.any(), z), p, torch.logit(img))
+        return states.allclose(img[:, :1].expand(2, 4, -1, -1), atol=0.02)
+    if part.__name__ == "Expansion":
+        images = (255 * img.repeat(2, 1, 1, 1)).byte()
+        x, m = part(images[0], masks[0, :1] > 0, images, anatomy=False, device="cpu")(6)
+        return x.shape == (6, 3, 16, 24) and m.shape == (6, 1, 16, 24)
+    if part.__name__ == "follow_colour_edges":
+        return part(img, img[:, :1]).shape == (2, 1, 16, 24)
+    if part.__name__ == "convex_piece":
+        return part(torch.ones(2, 1, 16, 24)).all()
     if part.__name__ == "augment":
         return [x.shape for x in part(img, masks)] == [img.shape, masks.shape]
     if part.__name__ == "efficientnet_lite0":

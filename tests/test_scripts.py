@@ -47,7 +47,7 @@ def test_a_run_writes_its_table_and_eval_only_repeats_it(script, trained, capsys
 
 
 @pytest.mark.parametrize(
-    "script, at, steps", [(diffseg, 12, 30), (pepl, 42, 42), (caudo_diff, 24, 60)], ids=name
+    "script, at, steps", [(diffseg, 12, 30), (pepl, 42, 42), (caudo_diff, 42, 60)], ids=name
 )
 def test_resume_equals_an_unbroken_run(script, at, steps, trained, tmp_path, monkeypatch):
     whole, update, calls = trained(script), script.update_ema, []
@@ -95,8 +95,9 @@ def test_predict_draws_in_the_photographs_own_size(script, trained, tmp_path, ca
         (pepl, "--labels-per-class 999", "lower --labels-per-class"),
         (pepl, "--arch tiny --pretrained", "--arch efficientnet_lite0"),
         (pepl, "--out /dev/null", "/dev/null"),
-        (caudo_diff, "--exemplar img99", "--exemplar img99: not auto"),
-        (caudo_diff, "--encoder resnet1", "--encoder resnet1"),
+        (caudo_diff, "--exemplar img99", "--exemplar img99 is not one"),
+        (caudo_diff, "--encoder resnet1", "resnet1"),
+        (caudo_diff, "--method caudo_diff_crf", "name both"),
         (caudo_diff, "--data folder --data-root one", "no unlabelled image"),
     ],
     ids=name,

@@ -36,54 +36,56 @@ NAMES = {
     "cutmix": "FreeMatch + CutMix",
     "freematch_propagation": "FreeMatch + label propagation",
     "pepl_propagation": "PEPL + label propagation",
-    "exemplar_copied": "exemplar's mask, copied",
     "exemplar_only": "exemplar only",
     "self_training": "self-training",
-    "colour_edges": "Eq. 4 without diffusion",
     "caudo_diff": "Caudo-Diff",
-    "caudo_diff_crf": "Caudo-Diff + CRF",
+    "prior_only": "image prior only",
+    "caudo_diff_prior": "Caudo-Diff + image prior",
+    "caudo_diff_crf": "Caudo-Diff + image prior + CRF",
     "full_supervision": "full supervision",
     "dice": "Dice",
+    "dice_prior": "Dice with image prior",
     "iou": "IoU",
     "ged": "GED",
 }
 
-# README's table, a row a method: the metric and, for each column, its cells (records, row of their
-# tables, name); None if it was not measured.
+# README's table, a row a method: for each column its cells (records, row of their tables, metric,
+# name).
 COLUMNS = ["the paper's method", "with our additions", "controls", "ceiling"]
 ISIC, EXEMPLARS = "diffseg_isic2018_seed*", "caudo_diff_isic2018_*"
 BIRDS = "pepl_cub100_seed*"
 SUMMARY = {
     "DiffSeg": (
-        "dice",
-        [(ISIC, "diffseg_crf", "with CRF")],
-        [(ISIC, "diffseg_student", "student")],
+        [(ISIC, "diffseg_crf", "dice", "with CRF")],
+        [(ISIC, "diffseg_student", "dice", "student")],
         [
-            (ISIC, "tags_unet_crf", "U-Net with CRF"),
-            (ISIC, "tags_student", "its student"),
+            (ISIC, "tags_unet_crf", "dice", "U-Net with CRF"),
+            (ISIC, "tags_student", "dice", "its student"),
         ],
-        [(ISIC, "unet", "all masks")],
+        [(ISIC, "unet", "dice", "all masks")],
     ),
     "PEPL": (
-        "accuracy",
-        [(BIRDS, "pepl", "maps")],
-        [(BIRDS, "pepl_propagation", "propagation")],
+        [(BIRDS, "pepl", "accuracy", "maps")],
+        [(BIRDS, "pepl_propagation", "accuracy", "propagation")],
         [
-            (BIRDS, "freematch", "FreeMatch"),
-            (BIRDS, "freematch_propagation", "propagation"),
-            (BIRDS, "cutmix", "CutMix"),
+            (BIRDS, "freematch", "accuracy", "FreeMatch"),
+            (BIRDS, "freematch_propagation", "accuracy", "propagation"),
+            (BIRDS, "cutmix", "accuracy", "CutMix"),
         ],
-        [("pepl_cub100_all_labels_seed0", "supervised", "seed 0")],
+        [("pepl_cub100_all_labels_seed0", "supervised", "accuracy", "seed 0")],
     ),
     "Caudo-Diff": (
-        "dice",
-        [None],
-        [(EXEMPLARS, "caudo_diff", "colour edges, convex")],
+        [(EXEMPLARS, "caudo_diff", "dice", "diffusion")],
+        [(EXEMPLARS, "caudo_diff_prior", "dice_prior", "with prior")],
         [
-            (EXEMPLARS, "self_training", "self-training"),
-            (EXEMPLARS, "colour_edges", "no diffusion"),
+            (EXEMPLARS, "self_training", "dice", "self-training"),
+            (EXEMPLARS, "self_training", "dice_prior", "with prior"),
+            (EXEMPLARS, "prior_only", "dice_prior", "prior alone"),
         ],
-        [(EXEMPLARS, "full_supervision", "all masks")],
+        [
+            (EXEMPLARS, "full_supervision", "dice", "all masks"),
+            (EXEMPLARS, "full_supervision", "dice_prior", "with prior"),
+        ],
     ),
 }
 
@@ -91,17 +93,15 @@ SUMMARY = {
 def summary():
     """README's table: means over the records of each method."""
     lines = [" | ".join(["| method", *COLUMNS]) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for method, (metric, *columns) in SUMMARY.items():
-        cells = [", ".join(cell(x, metric) for x in column) for column in columns]
+    for method, columns in SUMMARY.items():
+        cells = [", ".join(cell(x) for x in column) for column in columns]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines)
 
 
-def cell(entry, metric):
-    """The mean of a metric over the records of an entry, with its name; a dash for None."""
-    if entry is None:
-        return "—"
-    files, row, name = entry
+def cell(entry):
+    """The mean of a metric over the records of an entry, with its name."""
+    files, row, metric, name = entry
     records = [
         json.loads(path.read_text(encoding="utf-8"))
         for path in ROOT.glob(f"docs/results/{files}.json")
