@@ -4,7 +4,7 @@ Paper: Caudo-Diff, https://doi.org/10.1016/j.patcog.2025.112007; only its abstra
 us. It says: one labelled image, the exemplar, is the only supervision. A segmenter's pseudo-labels
 of the other images are unreliable. A deterministic diffusion model in a guided latent space
 calibrates them, guided by the initial labels and the features of the segmenter, and so improves
-the segmentation. How this is done here is our interpretation (D1 to D4).
+the segmentation. How this is done here is our interpretation (D1 to D5).
 
     exemplar --> augmented pairs --> segmenter --> p0, masks predicted for the unlabelled images
                                          ^                |
@@ -36,6 +36,8 @@ D3  The features are those of the segmenter's frozen ImageNet encoder. With --en
 D4  The segmenter is fine-tuned in three rounds, each on new labels. One mask leaves none for
     validation, so the number of steps is fixed, and EMA weights are used. We chose constants with
     masks of training and validation images: in this respect it is not strictly one-shot.
+D5  The latent space is that of a mask autoencoder, trained on the exemplar's masks. Calibration
+    goes up to t = 400 without the guide, and down with it.
 A1  An image prior (section 9) corrects labels without training: rows prior_only, caudo_diff_prior.
 A2  A dense CRF in place of the prior refines the final masks: row caudo_diff_crf.
 """
@@ -69,7 +71,7 @@ ROWS = [*TRAINED[:-1], "caudo_diff_crf", "full_supervision"]
 # "Eq. n": our numbering, as in docs/caudo_diff.md.
 T = 1000  # diffusion steps: t runs from 0 (nearly clean) to T - 1 (nearly pure noise)
 TIMES = [0, 100, 200, 300, 400]  # of the diffusion in calibration, up to t* and back
-PATCH = 4  # pixels, in width and height, that one position of the latent covers
+PATCH = 4  # side in pixels of the square that one position of the latent covers
 LATENT_CHANNELS = 8
 POOL = 600  # largest number of images that are labelled in a round
 
@@ -98,8 +100,9 @@ def parse_args(argv=None):
     add("--round-steps", type=whole(1), default=100, help="training steps of a round")
     anatomy = "the object has a fixed place: small rotations and shifts, no mirroring, no pasting"
     add("--anatomy", action="store_true", help=anatomy)
-    method = "rows to train and compare; default: all, full_supervision only if images have masks"
-    add("--method", nargs="+", choices=ROWS, help=method)
+    method = "rows to train and compare: " + ", ".join(ROWS)
+    method += "; default: all, full_supervision only if the training images have masks"
+    add("--method", nargs="+", choices=ROWS, metavar="ROW", help=method)
     args = p.parse_args(argv)
     if args.data == "synthetic":
         p.set_defaults(size="64x48", encoder="scratch")
@@ -130,8 +133,8 @@ def choose_exemplar(train_set, wanted):
     if wanted in train_set.ids:
         return train_set.ids.index(wanted)
     if wanted != "auto":
-        why = f"is not one of the {len(train_set)} training images, such as {train_set.ids[0]}"
-        raise DataError(f"--exemplar {wanted} {why} (without val/, a tenth of them is set aside)")
+        known = f"{len(train_set)} training images, such as {train_set.ids[0]} (without suffix)"
+        raise DataError(f"--exemplar {wanted} is not one of the {known}")
     x = train_set.images.flatten(2)  # (N, 3, H W)
     colours = torch.stack([torch.cat([i.float().mean(1), i.float().std(1)]) for i in x])  # (N, 6)
     z = (colours - colours.mean(0)) / (colours.std(0) + 1e-6)
@@ -483,7 +486,7 @@ class Denoiser(nn.Module):
 
 
 def denoiser_loss(net, zt, t, c, z0):
-    """Mean squared error of z0, weighted so that it is close to that of v (Eq. 2)."""
+    """Squared error of z0, weighted nearly to that of v (Eq. 2); 0.02 limits it near t = 0."""
     a = ALPHA_BAR.to(z0.device)[t][:, None, None, None]
     return ((net(zt, t, c) - z0).square() / (1 - a + 0.02)).mean()  # Eq. 3 [ours]
 
@@ -637,7 +640,7 @@ def sample_masks(expansion, b):
 
 @torch.no_grad()
 def sample_latents(expansion, nets, args):
-    """A batch for the denoiser: zt (B, 8, h, w), t (B,), the guide c; its target z0."""
+    """A batch for the denoiser: zt (B, 8, h, w), t (B,), the guide c, and its target z0."""
     b = args.batch_size
     x, m = expansion(b)
     x = strong_view(x)
@@ -770,7 +773,7 @@ def draw_calibration(nets, test, row, pred, args, path):
     picks += [("worst", i) for i in order[-2:]]
     rows, titles = [], ["image and truth", "p0"]
     if row in CALIBRATED:
-        titles += [*(f"x0_hat at t = {t}" for t in (400, 300, 200)), "p1"]
+        titles += ["x0_hat, t = 400", "x0_hat, t = 300", "x0_hat, t = 200", "p1"]
     for name, i in picks:
         img, photo = test.images[i, None].to(args.device), test.images[i].permute(1, 2, 0).numpy()
         maps = segment(nets, "first_segmenter", img, args)  # p0 (1, 1, H, W)
@@ -838,7 +841,7 @@ def follow_colour_edges(x, p):
     """Move masks p (B, 1, H, W) to the colour edges of images x (B, 3, H, W); all in [0, 1]."""
     contrast = F.avg_pool2d(contrast_map(x, p), 3, 1, 1, count_include_pad=False)
     logits = torch.logit(p.float(), 1e-4).clamp(-6, 6)
-    return torch.sigmoid(logits + 4 * contrast)  # Eq. 6 [ours]; logits: mask +-6, colours +-12
+    return torch.sigmoid(logits + 4 * contrast)  # Eq. 6 [ours]; 4 * contrast: within +-12
 
 
 def convex_piece(p):
@@ -902,9 +905,7 @@ def load(split, args, images_only=False):
 
 def load_test(args):
     """The test images; None if they have no masks."""
-    if os.path.isdir(args.data_root) and not data.has_masks(args.data, args.data_root, "test"):
-        return None
-    return load("test", args)
+    return load("test", args) if data.has_masks(args.data, args.data_root, "test") else None
 
 
 def train_all(test, args, folder):
@@ -917,7 +918,8 @@ def train_all(test, args, folder):
     exemplar, others = train_set.ids[i], [k for k in range(len(train_set)) if k != i]
     mask = data.load_mask(args.data, args.data_root, "train", exemplar, args.size)  # (1, H, W)
     if mask.float().mean() > 0.9:
-        raise DataError(f"--exemplar {exemplar}: its mask covers nearly all of it; name another")
+        why = "its mask covers over 90 % of it; is it inverted? The object is white"
+        raise DataError(f"--exemplar {exemplar}: {why}")
     fingerprints = {"train": train_set.fingerprint}
     fingerprints["exemplar"] = data.fingerprint(exemplar, mask.tolist())
     if test:

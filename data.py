@@ -60,7 +60,8 @@ TAG_COLUMNS = ["image", "left", "top", "width", "height", "tag"]
 NOT_KEPT = {"device", "num_workers", "out", "overwrite", "resume", "eval_only", "checkpoint"}
 NOT_KEPT |= {"predict", "command", "compile"}
 MAY_DIFFER = {"data_root", "save_every"}
-RUN_FILES = ["best.pt", "last_*.pt", "log*.csv", "result.json"]  # what a run writes to its folder
+# what a run writes to its folder
+RUN_FILES = ["best.pt", "last_*.pt", "result.json", "mix.png", "calibration.png"]
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be valid UTF-8
 
 
@@ -657,8 +658,11 @@ def _folders(name, root, split):
 
 
 def has_masks(name, root, split):
-    """Return whether at least half of the images of a split have masks, not just an exemplar."""
-    if name != "folder":
+    """Return whether at least half of the images of a split have masks, not just an exemplar.
+
+    True also if the folder is missing: loading it raises an error that says so.
+    """
+    if name != "folder" or not Path(root).is_dir():
         return True
     folder, mask_folders, _ = _folders(name, Path(root), split)
     mask_folders = [place for place in mask_folders if place.is_dir()]

@@ -855,8 +855,7 @@ def load(split, size, args, images_only=False):
 
 def load_if_masks(split, args):
     """A split for validation or test; None if it has no masks but training images have tags."""
-    root_exists = os.path.isdir(args.data_root)  # if not, load() says so
-    if not root_exists or data.has_masks(args.data, args.data_root, split):
+    if data.has_masks(args.data, args.data_root, split):
         return load(split, args.size, args)
     if not data.find_tags(args.data, args.data_root):
         todo = "add masks, or tags.csv beside the training images"

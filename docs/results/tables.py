@@ -75,7 +75,7 @@ SUMMARY = {
         [("pepl_cub100_all_labels_seed0", "supervised", "accuracy", "seed 0")],
     ),
     "Caudo-Diff": (
-        [(EXEMPLARS, "caudo_diff", "dice", "diffusion")],
+        [(EXEMPLARS, "caudo_diff", "dice", "our interpretation")],
         [(EXEMPLARS, "caudo_diff_prior", "dice_prior", "with prior")],
         [
             (EXEMPLARS, "self_training", "dice", "self-training"),
