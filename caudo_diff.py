@@ -271,7 +271,8 @@ class Encoder(nn.Module):
 
     def __init__(self, name, pretrained=True):
         super().__init__()
-        self.mean, self.std, stages = 0.449, 0.226, []  # the means of torchvision's three channels
+        self.mean, self.std = 0.449, 0.226  # torchvision's, averaged over the channels
+        stages = []
         if name == "efficientnet_lite0":
             f = data.efficientnet_lite0(pretrained).features
             stages = [f[:2], f[2:3], f[3:4], f[4:6], f[6:8]]
@@ -773,7 +774,7 @@ def draw_calibration(nets, test, row, pred, args, path):
     picks += [("worst", i) for i in order[-2:]]
     rows, titles = [], ["image and truth", "p0"]
     if row in CALIBRATED:
-        titles += ["x0_hat, t = 400", "x0_hat, t = 300", "x0_hat, t = 200", "p1"]
+        titles += [*(f"x0_hat, t = {t}" for t in reversed(TIMES[2:])), "p1"]
     for name, i in picks:
         img, photo = test.images[i, None].to(args.device), test.images[i].permute(1, 2, 0).numpy()
         maps = segment(nets, "first_segmenter", img, args)  # p0 (1, 1, H, W)
@@ -886,7 +887,7 @@ def choose_prior(img, mask, images, labels, device):
         apply = partial(batched, partial(apply_prior, prior), device)
         on_exemplar = dice(apply(img[None], mask[None].float()) > 0.5, mask[None])
         on_labels = dice(apply(images, labels) > 0.5, labels > 0.5)
-        # Measured: above 0.85 and 0.8 for lesions; lungs, polyps and ultrasound images are below.
+        # Chosen so that colour edges are on for lesions, and off for lungs, polyps and ultrasound.
         enabled.append(on_exemplar.item() > 0.85 and on_labels.median().item() > 0.8)
     return ImagePrior(*enabled)
 

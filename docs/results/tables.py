@@ -75,17 +75,14 @@ SUMMARY = {
         [("pepl_cub100_all_labels_seed0", "supervised", "accuracy", "seed 0")],
     ),
     "Caudo-Diff": (
-        [(EXEMPLARS, "caudo_diff", "dice", "our interpretation")],
+        [(EXEMPLARS, "caudo_diff", "dice", "diffusion")],
         [(EXEMPLARS, "caudo_diff_prior", "dice_prior", "with prior")],
         [
             (EXEMPLARS, "self_training", "dice", "self-training"),
             (EXEMPLARS, "self_training", "dice_prior", "with prior"),
             (EXEMPLARS, "prior_only", "dice_prior", "prior alone"),
         ],
-        [
-            (EXEMPLARS, "full_supervision", "dice", "all masks"),
-            (EXEMPLARS, "full_supervision", "dice_prior", "with prior"),
-        ],
+        [(EXEMPLARS, "full_supervision", "dice_prior", "all masks, with prior")],
     ),
 }
 
